@@ -1,0 +1,453 @@
+"""The configuration of a run: typed to the leaves, YAML file < dotted overrides, every problem at once.
+
+A section is a frozen dataclass; a section that comes in several kinds (the model, the objective) is a union
+whose members are told apart by their `kind`. `load` raises one `UserError` that lists every unknown key (with
+the nearest known name), every wrong type and every impossible combination, before anything else has started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pgm_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class PartitionTransformerConfig:
+    """Partition Transformer (FACTS 1): group-wise encoder, GroupSwap, cross-attention decoder."""
+
+    kind: Literal["partition_transformer"] = "partition_transformer"
+    hidden_size: int = 768
+    num_heads: int = 12
+    num_encoder_blocks: int = 8
+    num_decoder_blocks: int = 8
+    condition_size: int = 128
+    dropout: float = 0.1
+    group_swap_query: Literal["learn", "learn+freqs", "learn+freqs+mean", "learn+freqs+logsumexp"] = (
+        "learn+freqs"
+    )
+    group_swap_processor: Literal["linear", "mlp4"] = "linear"
+
+
+@dataclass(frozen=True)
+class DiffusionTransformerConfig:
+    """MDLM's bidirectional transformer; `time_conditioned` feeds sigma instead of the constant 0."""
+
+    kind: Literal["diffusion_transformer"] = "diffusion_transformer"
+    hidden_size: int = 768
+    num_heads: int = 12
+    num_blocks: int = 12
+    condition_size: int = 128
+    dropout: float = 0.1
+    time_conditioned: bool = False
+
+
+@dataclass(frozen=True)
+class AutoregressiveTransformerConfig:
+    """Causal transformer without adaptive norms."""
+
+    kind: Literal["autoregressive_transformer"] = "autoregressive_transformer"
+    hidden_size: int = 768
+    num_heads: int = 12
+    num_blocks: int = 12
+    dropout: float = 0.1
+
+
+ModelConfig = PartitionTransformerConfig | DiffusionTransformerConfig | AutoregressiveTransformerConfig
+
+
+def _pgm_size(encoder: int, decoder: int, hidden: int) -> dict[str, Any]:
+    return {
+        "kind": "partition_transformer",
+        "hidden_size": hidden,
+        "num_heads": hidden // 64,
+        "num_encoder_blocks": encoder,
+        "num_decoder_blocks": decoder,
+    }
+
+
+def _stack_size(kind: str, blocks: int, hidden: int, heads: int) -> dict[str, Any]:
+    return {"kind": kind, "hidden_size": hidden, "num_heads": heads, "num_blocks": blocks}
+
+
+# `model.size` names one of these; keys given beside it win. Heads are 64 wide, but for SDTT's 24 x 1536.
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    **{f"pgm-{e}-{m}-{h}": _pgm_size(e, m, h) for e, m, h in [(6, 6, 768), (8, 8, 768), (6, 6, 1024)]},
+    **{f"pgm-{e}-{m}-{h}": _pgm_size(e, m, h) for e, m, h in [(8, 4, 768), (10, 2, 768), (4, 8, 768)]},
+    "pgm-10-6-768": _pgm_size(10, 6, 768),
+    "mdlm-12-768": _stack_size("diffusion_transformer", 12, 768, 12),
+    "mdlm-24-1024": _stack_size("diffusion_transformer", 24, 1024, 16),
+    "mdlm-24-1536": _stack_size("diffusion_transformer", 24, 1536, 24),
+    "ar-12-768": _stack_size("autoregressive_transformer", 12, 768, 12),
+}
+
+
+@dataclass(frozen=True)
+class PGMObjectiveConfig:
+    """Partition objective; the forms are derived in `pgm_scale.objectives.pgm` (FACTS 3.4)."""
+
+    kind: Literal["pgm"] = "pgm"
+    form: Literal["published", "bounded", "count"] = "count"
+    minimum_time: float = 1e-3
+
+
+@dataclass(frozen=True)
+class MDLMObjectiveConfig:
+    """Masked diffusion NELBO (FACTS 3.2). `diffusion_steps` 0 is continuous time."""
+
+    kind: Literal["mdlm"] = "mdlm"
+    diffusion_steps: int = 0
+    loss: Literal["elbo", "low_variance"] = "elbo"
+    minimum_time: float = 1e-3
+
+
+@dataclass(frozen=True)
+class ComplementaryMDLMObjectiveConfig:
+    """Masked diffusion on a mask and its complement, 2 rows a sequence (FACTS 3.3)."""
+
+    kind: Literal["complementary_mdlm"] = "complementary_mdlm"
+    minimum_time: float = 1e-3
+
+
+@dataclass(frozen=True)
+class D3PMObjectiveConfig:
+    """D3PM with the absorbing state (FACTS 3.5); `substitution` removes the mask's own probability."""
+
+    kind: Literal["d3pm"] = "d3pm"
+    diffusion_steps: int = 1000
+    substitution: bool = False
+    cross_entropy_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class AutoregressiveObjectiveConfig:
+    """Next-token cross-entropy (FACTS 3.6)."""
+
+    kind: Literal["autoregressive"] = "autoregressive"
+
+
+ObjectiveConfig = (
+    PGMObjectiveConfig
+    | MDLMObjectiveConfig
+    | ComplementaryMDLMObjectiveConfig
+    | D3PMObjectiveConfig
+    | AutoregressiveObjectiveConfig
+)
+
+_MODEL_OF_OBJECTIVE = {
+    "pgm": "partition_transformer",
+    "mdlm": "diffusion_transformer",
+    "complementary_mdlm": "diffusion_transformer",
+    "d3pm": "diffusion_transformer",
+    "autoregressive": "autoregressive_transformer",
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Split folders (local, s3:// or gs://) that hold a dataset.json; remote shards are cached locally."""
+
+    train: str
+    validation: str
+    cache_folder: str | None = None
+    shuffle_block_shards: int = (
+        8  # rows are shuffled within this many shards, which is what a rank keeps open
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule; `cosine` and `linear` fall to `final_ratio` at the last step."""
+
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_clip_norm: float = 1.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 2500
+    final_ratio: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = 1_000_000
+    global_batch_sequences: int = 512
+    micro_batch_sequences: int = 32  # per data-parallel rank and forward pass
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 1
+    ema_decay: float = 0.9999
+    log_interval_steps: int = 10
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    zero_stage: Literal[0, 1, 2, 3] = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval_steps: int = 1000
+    keep_last: int = 3
+    milestone_interval_steps: int = 0  # steps divisible by it are kept for ever; 0 keeps none
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to generate; which kinds fit which model is said by `pgm_scale.sampling`."""
+
+    kind: Literal[
+        "pgm_uniform",
+        "pgm_non_uniform",
+        "pgm_naive",
+        "ancestral",
+        "ancestral_cached",
+        "analytic",
+        "autoregressive",
+    ] = "pgm_uniform"
+    steps: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation with EMA weights and fixed draws, at most `sequences` of the split, every interval."""
+
+    interval_steps: int = 20_000
+    sequences: int = 2048
+    samples: int = 2  # sequences generated and written beside each validation; 0 is off
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases; the JSONL log is always written."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "pgm-scale"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str
+    data: DataConfig
+    name: str = "run"
+    model: ModelConfig = field(default_factory=PartitionTransformerConfig)
+    objective: ObjectiveConfig = field(default_factory=PGMObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: the file cannot be read, or one line for each problem in it.
+    """
+    tree = read_yaml(path)
+    problems: list[str] = []
+    for override in overrides:
+        _apply_override(tree, override, problems)
+    config = parse(RunConfig, tree, problems)
+    if config is not None and not problems:
+        problems += inconsistencies(config)
+    if config is None or problems:
+        raise UserError(
+            f"{path}: {len(problems)} problem(s) in the configuration:\n  " + "\n  ".join(problems)
+        )
+    return config
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from disk, or a one-line `UserError`."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections at the top, found {type(tree).__name__}")
+    return tree
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Plain containers, as written to YAML; `parse` of the result gives the same config back."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config).items()
+    } | {
+        f.name: to_mapping(getattr(config, f.name))
+        for f in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, f.name))
+    }
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def parse(cls: type, tree: Any, problems: list[str], where: str = "") -> Any:
+    """Build the dataclass `cls` from plain containers, adding a line to `problems` for each fault."""
+    if not isinstance(tree, Mapping):
+        problems.append(f"{where or 'top level'}: expected a mapping, found {tree!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    before = len(problems)
+    for key in tree:
+        if key not in known:
+            problems.append(f"{_join(where, key)}: unknown key{_nearest(str(key), known)}")
+    values = {}
+    for name, spec in known.items():
+        if name in tree:
+            values[name] = _parse_value(hints[name], tree[name], problems, _join(where, name))
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            problems.append(f"{_join(where, name)}: required, but missing")
+    return cls(**values) if len(problems) == before else None
+
+
+def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        members = [a for a in arguments if a is not type(None)]
+        if all(dataclasses.is_dataclass(member) for member in members):
+            return _parse_kind(members, value, problems, where)
+        return _parse_value(members[0], value, problems, where)
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(type, hint), value, problems, where)
+    if origin is Literal:
+        if value in arguments and any(type(value) is type(a) for a in arguments):
+            return value
+        choices = ", ".join(str(a) for a in arguments)
+        problems.append(
+            f"{where}: {value!r} is not one of {choices}{_nearest(str(value), map(str, arguments))}"
+        )
+        return None
+    if origin is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(arguments):
+            return tuple(
+                _parse_value(a, v, problems, f"{where}[{i}]")
+                for i, (a, v) in enumerate(zip(arguments, value, strict=True))
+            )
+        problems.append(f"{where}: expected {len(arguments)} values, found {value!r}")
+        return None
+    return _parse_scalar(hint, value, problems, where)
+
+
+def _parse_kind(members: list[Any], value: Any, problems: list[str], where: str) -> Any:
+    """Choose the union's member by `kind`; `size` stands for the keys of a named model."""
+    if not isinstance(value, Mapping):
+        problems.append(f"{where}: expected a mapping, found {value!r}")
+        return None
+    tree = dict(value)
+    size = tree.pop("size", None) if where == "model" else None
+    if size is not None:
+        if size not in MODEL_SIZES:
+            problems.append(f"{where}.size: unknown size {size!r}{_nearest(str(size), MODEL_SIZES)}")
+            return None
+        tree = MODEL_SIZES[size] | tree
+    by_kind = {typing.get_args(typing.get_type_hints(m)["kind"])[0]: m for m in members}
+    kind = tree.get("kind", next(iter(by_kind)))
+    if kind not in by_kind:
+        problems.append(
+            f"{where}.kind: {kind!r} is not one of {', '.join(by_kind)}{_nearest(str(kind), by_kind)}"
+        )
+        return None
+    return parse(by_kind[kind], tree, problems, where)
+
+
+def _parse_scalar(hint: Any, value: Any, problems: list[str], where: str) -> Any:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except ValueError:
+            pass
+    elif type(value) is hint:
+        return value
+    problems.append(f"{where}: expected {hint.__name__}, found {value!r}")
+    return None
+
+
+def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        problems.append(f"override {override!r}: expected section.key=value")
+        return
+    *sections, key = path.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            problems.append(f"override {override!r}: {section} is a value, not a section")
+            return
+        tree = child
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree[key] = text
+
+
+def inconsistencies(config: RunConfig) -> list[str]:
+    """What each key allows but their combination does not; the world size is checked by `parallel.mesh`."""
+    problems = []
+    model, training, optimizer = config.model, config.training, config.optimizer
+    needed = _MODEL_OF_OBJECTIVE[config.objective.kind]
+    if model.kind != needed:
+        problems.append(f"objective.kind {config.objective.kind} needs model.kind {needed}, not {model.kind}")
+    positive = {
+        "model.hidden_size": model.hidden_size,
+        "model.num_heads": model.num_heads,
+        "training.steps": training.steps,
+        "training.global_batch_sequences": training.global_batch_sequences,
+        "training.micro_batch_sequences": training.micro_batch_sequences,
+        "training.log_interval_steps": training.log_interval_steps,
+        "checkpoint.interval_steps": config.checkpoint.interval_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "validation.interval_steps": config.validation.interval_steps,
+        "validation.sequences": config.validation.sequences,
+        "data.shuffle_block_shards": config.data.shuffle_block_shards,
+        "sampler.steps": config.sampler.steps,
+        "optimizer.learning_rate": optimizer.learning_rate,
+        "optimizer.gradient_clip_norm": optimizer.gradient_clip_norm,
+    }
+    problems += [f"{name}: {value} must be greater than 0" for name, value in positive.items() if value <= 0]
+    if model.num_heads > 0 and model.hidden_size % (2 * model.num_heads):
+        problems.append(
+            f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads} "
+            "into heads of even size; change one of them"
+        )
+    if not 0 <= model.dropout < 1:
+        problems.append(f"model.dropout: {model.dropout} is not in [0, 1)")
+    if not 0 <= training.ema_decay < 1:
+        problems.append(f"training.ema_decay: {training.ema_decay} is not in [0, 1); 0 turns the average off")
+    if optimizer.warmup_steps < 0:
+        problems.append(f"optimizer.warmup_steps: {optimizer.warmup_steps} is negative")
+    return problems
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
