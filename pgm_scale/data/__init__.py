@@ -1,0 +1,9 @@
+"""Token shards: the manifest, the global order, and the readers of MDS and WebDataset folders.
+
+Importing this package loads numpy only; mosaicml-streaming and webdataset are imported at first use.
+"""
+
+from pgm_scale.data.batch import TokenBatch
+from pgm_scale.data.manifest import DatasetManifest, Shard, Vocabulary
+
+__all__ = ["DatasetManifest", "Shard", "TokenBatch", "Vocabulary"]

@@ -1,0 +1,225 @@
+"""`dataset.json`: what one split folder holds, and the hash of every shard in it.
+
+A split folder is `{dataset.json, tokenizer.json, shards...}`. The manifest is written last, so a folder that
+has one is complete. Its bytes are a function of its fields alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pgm_scale.data.files import write_whole
+from pgm_scale.errors import UserError
+
+MANIFEST_NAME = "dataset.json"
+TOKENIZER_NAME = "tokenizer.json"
+FORMAT_VERSION = 1
+
+TokenDtype = Literal["uint16", "uint32"]
+ShardFormat = Literal["mds", "tar"]
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def token_dtype_for(vocabulary_size: int) -> TokenDtype:
+    """The smallest stored type that holds every id below `vocabulary_size`."""
+    return "uint16" if vocabulary_size <= np.iinfo(np.uint16).max + 1 else "uint32"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids of a model. `size` includes the mask's row; `pad_id` is None where rows are always full."""
+
+    size: int
+    mask_id: int
+    bos_id: int
+    eos_id: int
+    pad_id: int | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard file, named relative to the split folder."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """The contents of `dataset.json`.
+
+    `tokenizer_sha256` is the SHA-256 of the folder's `tokenizer.json`. `tokens` counts the valid (not padded)
+    tokens of all rows. `source` says where the text came from, in plain JSON values.
+    """
+
+    format: ShardFormat
+    split: str
+    vocabulary: Vocabulary
+    tokenizer_sha256: str
+    length_tokens: int
+    token_dtype: TokenDtype
+    packing: str
+    source: dict[str, Any]
+    documents: int
+    rows: int
+    tokens: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def rows_per_shard(self) -> tuple[int, ...]:
+        return tuple(shard.rows for shard in self.shards)
+
+    def to_json(self) -> str:
+        """Deterministic text: sorted keys, two spaces, one final newline."""
+        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, sort_keys=True, indent=2) + "\n"
+
+    def save(self, split_folder: str | Path) -> Path:
+        """Write `dataset.json` into `split_folder`, whole or not at all."""
+        path = Path(split_folder) / MANIFEST_NAME
+        write_whole(path, self.to_json().encode())
+        return path
+
+    @classmethod
+    def load(cls, split_folder: str | Path) -> DatasetManifest:
+        """Read `dataset.json` of a local split folder and see that every shard it names is there.
+
+        Raises:
+            UserError: no manifest, a manifest that is garbled, contradicts itself or is of another version,
+                or the names of all shards that are absent.
+        """
+        folder = Path(split_folder)
+        path = folder / MANIFEST_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot read the dataset manifest ({error.strerror}); "
+                "give a split folder written by `pgm-scale prepare`"
+            ) from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text; prepare the dataset again") from None
+        manifest = cls.from_json(text, str(path))
+        absent = [shard.name for shard in manifest.shards if not (folder / shard.name).is_file()]
+        if absent:
+            raise UserError(
+                f"{folder}: {len(absent)} of {len(manifest.shards)} shards are missing: {', '.join(absent)}; "
+                "copy them back or prepare the dataset again"
+            )
+        return manifest
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> DatasetManifest:
+        """Parse the text of a manifest; `where` names it in the `UserError`."""
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where}: not valid JSON ({error}); prepare the dataset again") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: expected a JSON object; prepare the dataset again")
+        version = content.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{where}: format_version {version!r}, but this program reads {FORMAT_VERSION}; "
+                "prepare the dataset again or use the version of pgm-scale that wrote it"
+            )
+        try:
+            manifest = cls(
+                **content
+                | {
+                    "vocabulary": Vocabulary(**content["vocabulary"]),
+                    "shards": tuple(Shard(**shard) for shard in content["shards"]),
+                }
+            )
+            problems = _problems(manifest)
+        except KeyError as error:
+            raise UserError(f"{where}: {error} is missing; prepare the dataset again") from None
+        except TypeError as error:
+            raise UserError(f"{where}: {_plain(error)}; prepare the dataset again") from None
+        if problems:
+            raise UserError(f"{where}: {'; '.join(problems)}; prepare the dataset again")
+        return manifest
+
+    def differences(self, other: DatasetManifest, *, same_data: bool = False) -> list[str]:
+        """What keeps `other` from being used with the same model, one readable line each; empty if nothing.
+
+        With `same_data`, also everything that would change the order or content of the samples, which is what
+        a resumed run must not see.
+        """
+        names = [f"vocabulary.{f.name}" for f in dataclasses.fields(Vocabulary)]
+        names += ["tokenizer_sha256", "length_tokens"]
+        if same_data:
+            names += ["format", "token_dtype", "packing", "documents", "rows", "tokens"]
+        mine, theirs = ({name: _value_of(m, name) for name in names} for m in (self, other))
+        lines = [f"{name}: {mine[name]} != {theirs[name]}" for name in names if mine[name] != theirs[name]]
+        return lines + (_shard_differences(self.shards, other.shards) if same_data else [])
+
+
+def _value_of(manifest: DatasetManifest, name: str) -> Any:
+    value: Any = manifest
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _shard_differences(mine: tuple[Shard, ...], theirs: tuple[Shard, ...]) -> list[str]:
+    """At most a count and the first differing shard: a list of thousands helps nobody."""
+    lines = [] if len(mine) == len(theirs) else [f"shards: {len(mine)} != {len(theirs)}"]
+    different = [(a, b) for a, b in zip(mine, theirs, strict=False) if a != b]
+    if different:
+        first, second = different[0]
+        lines.append(f"shards: {len(different)} differ, the first is {first} != {second}")
+    return lines
+
+
+def _problems(manifest: DatasetManifest) -> list[str]:
+    """Fields of a wrong type or that contradict each other; a wrong type may also raise `TypeError`."""
+    problems = _number_problems(manifest)
+    vocabulary = manifest.vocabulary
+    if manifest.format not in ("mds", "tar"):
+        problems.append(f"format {manifest.format!r} is neither mds nor tar")
+    if manifest.token_dtype != token_dtype_for(vocabulary.size):
+        problems.append(f"token_dtype {manifest.token_dtype!r} does not fit {vocabulary.size} tokens")
+    for name in ("mask_id", "bos_id", "eos_id", "pad_id"):
+        token = getattr(vocabulary, name)
+        if token is not None and not 0 <= token < vocabulary.size:
+            problems.append(f"vocabulary.{name} {token} is not below the size {vocabulary.size}")
+    names = [shard.name for shard in manifest.shards]
+    if not names:
+        problems.append("it names no shards")
+    if len(set(names)) < len(names):
+        problems.append("a shard is named twice")
+    problems += [f"bad shard name {name!r}" for name in names if not _SHARD_NAME.fullmatch(name)]
+    problems += [f"bad sha256 of {s.name}" for s in manifest.shards if not _SHA256.fullmatch(s.sha256)]
+    if manifest.rows != sum(manifest.rows_per_shard):
+        problems.append(f"rows {manifest.rows}, but its shards have {sum(manifest.rows_per_shard)}")
+    return problems
+
+
+def _number_problems(manifest: DatasetManifest) -> list[str]:
+    """Counts that are not integers of at least 1; ids are compared with the size by the caller."""
+    counts = {"vocabulary.size": manifest.vocabulary.size, "length_tokens": manifest.length_tokens}
+    counts |= {"rows": manifest.rows, "tokens": manifest.tokens, "documents": manifest.documents}
+    for shard in manifest.shards:
+        counts |= {f"{shard.name}.rows": shard.rows, f"{shard.name}.bytes": shard.bytes}
+    return [
+        f"{name} is {value!r}, not a positive integer"
+        for name, value in counts.items()
+        if type(value) is not int or value < 1
+    ]
+
+
+def _plain(error: TypeError) -> str:
+    """`Shard.__init__() got an unexpected keyword argument 'x'` without the Python in front."""
+    return re.sub(r"^(\w+\.)?__init__\(\) ", "", str(error))
