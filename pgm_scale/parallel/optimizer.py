@@ -1,0 +1,50 @@
+"""AdamW, the fastest that this machine has, with its state made at once so that a resume can fill it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from pgm_scale.config import OptimizerConfig
+
+
+def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
+    """NVIDIA Apex's FusedAdam, or None. The package called `apex` in the public index is another project."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        return None
+    return FusedAdam
+
+
+def build_adamw(
+    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW over one parameter group: Apex's on a GPU that has it, else torch's fused kernel."""
+    settings = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    fused_adam = apex_fused_adam() if device.type == "cuda" else None
+    if fused_adam is not None:
+        return fused_adam(parameters, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Rate of the update that ends `step` (counted from 0): linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = min(1.0, progress)
+    if config.schedule == "linear":
+        shape = 1.0 - progress
+    else:
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_ratio + (1.0 - config.final_ratio) * shape)
