@@ -9,6 +9,11 @@ from pathlib import Path
 _READ_BYTES = 1 << 20
 
 
+def temporary_name(path: Path) -> Path:
+    """Where `path` is written until it is whole: hidden, beside it, overwritten by the next attempt."""
+    return path.with_name(f".{path.name}.writing")
+
+
 def commit(temporary: Path, final: Path) -> None:
     """Sync a finished file to disk and move it to its final name, which it replaces."""
     with open(temporary, "rb") as file:
@@ -23,7 +28,7 @@ def commit(temporary: Path, final: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that no reader ever sees a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary = temporary_name(path)
     temporary.write_bytes(content)
     commit(temporary, path)
 
