@@ -1,0 +1,138 @@
+"""The manifest of a checkpoint step: every file with its size and SHA-256, sealed by its own exact bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgm_scale.checkpoint.fragments import FileEntry
+from pgm_scale.checkpoint.peers import describe
+from pgm_scale.files import sha256_file
+
+MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.json"
+VERSION = 1
+_HASH_THREADS = 4
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with which file of a step."""
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files` are the rank files in rank order, then the state."""
+
+    step: int
+    files: tuple[FileEntry, ...]
+
+    @property
+    def rank_files(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.files[:-1])
+
+    def to_bytes(self) -> bytes:
+        """JSON with the SHA-256 of its own content, always the same bytes for the same manifest."""
+        body = {
+            "version": VERSION,
+            "step": self.step,
+            "files": [dataclasses.asdict(entry) for entry in self.files],
+        }
+        seal = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+        return (json.dumps({"checkpoint": body, "sha256": seal}, indent=1) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Manifest:
+        """Parse and check: every byte that differs from what `to_bytes` wrote is an error.
+
+        Raises:
+            ValueError: the bytes are no manifest of ours, or they were changed.
+        """
+        try:
+            body = json.loads(data)["checkpoint"]
+            if body["version"] != VERSION:
+                raise ValueError(f"version {body['version']!r}, this program reads version {VERSION}")
+            files = tuple(FileEntry(**entry) for entry in body["files"])
+            manifest = Manifest(body["step"], files)
+        except (KeyError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a manifest ({type(error).__name__})") from None
+        if manifest.to_bytes() != data:
+            raise ValueError("changed after it was written (its SHA-256 differs)")
+        expected = [rank_file_name(rank) for rank in range(len(files) - 1)] + [STATE_NAME]
+        if [entry.name for entry in files] != expected:
+            raise ValueError("does not list the rank files in order and the state")
+        return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises: ValueError: it is missing, unreadable or changed."""
+    try:
+        manifest = Manifest.from_bytes((folder / MANIFEST_NAME).read_bytes())
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    return manifest
+
+
+def find_problems(folder: Path, step: int, share: int = 0, shares: int = 1) -> list[Problem]:
+    """Read and hash this share (every `shares`-th file) of a step's files and compare with the manifest.
+
+    The manifest itself and the list of files are checked by every share. An unlisted rank file is a problem,
+    since it says that two checkpoints were mixed; other unlisted files are nobody's business.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return [Problem(MANIFEST_NAME, str(error))]
+    if manifest.step != step:
+        return [Problem(MANIFEST_NAME, f"belongs to step {manifest.step}")]
+    strangers = sorted({path.name for path in folder.glob("rank_*")} - set(manifest.rank_files))
+    problems = [Problem(name, "not in the manifest") for name in strangers]
+    return problems + _compare(folder, manifest.files[share::shares], _content_fault)
+
+
+def find_size_problems(folder: Path, entries: Sequence[FileEntry]) -> list[Problem]:
+    """The cheap check before a commit: is every file there, with the size that its writer reported?"""
+    return _compare(folder, entries, _size_fault)
+
+
+def _compare(
+    folder: Path, entries: Sequence[FileEntry], fault_of: Callable[[Path, FileEntry], str | None]
+) -> list[Problem]:
+    def compare(entry: FileEntry) -> Problem | None:
+        try:
+            fault = fault_of(folder / entry.name, entry)
+        except FileNotFoundError:
+            fault = "missing"
+        except OSError as error:
+            fault = f"unreadable ({describe(error)})"
+        return Problem(entry.name, fault) if fault else None
+
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing releases the GIL
+        return [problem for problem in pool.map(compare, entries) if problem is not None]
+
+
+def _size_fault(path: Path, entry: FileEntry) -> str | None:
+    size_bytes = path.stat().st_size
+    return None if size_bytes == entry.bytes else f"{size_bytes} bytes, the manifest says {entry.bytes}"
+
+
+def _content_fault(path: Path, entry: FileEntry) -> str | None:
+    fault = _size_fault(path, entry)
+    if fault is None and sha256_file(path) != entry.sha256:
+        fault = "SHA-256 differs from the manifest"
+    return fault

@@ -1,0 +1,41 @@
+"""Files that survive a crash: written whole or not at all, and known by their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a file or a rename is safe only after its folder is synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write `data` and wait until it is on the disk. Its name is durable after `fsync_folder`."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` so that every reader, and every crash, sees the old bytes or the new, never a mix.
+
+    One writer a path: the temporary name `.<name>.tmp` is fixed, so a dead writer leaves at most one.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_synced(temporary, data)
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces, as lower-case hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
