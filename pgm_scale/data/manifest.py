@@ -186,6 +186,8 @@ def _shard_differences(mine: tuple[Shard, ...], theirs: tuple[Shard, ...]) -> li
 def _problems(manifest: DatasetManifest) -> list[str]:
     """Fields of a wrong type or that contradict each other; a wrong type may also raise `TypeError`."""
     problems = _number_problems(manifest)
+    if problems:
+        return problems
     vocabulary = manifest.vocabulary
     if manifest.format not in ("mds", "tar"):
         problems.append(f"format {manifest.format!r} is neither mds nor tar")

@@ -1,0 +1,161 @@
+"""Where a split folder is and whether its files are what the manifest says.
+
+A local folder is read in place. Files of a remote folder (`s3://`, `gs://`) are fetched with
+mosaicml-streaming's downloader into `cache_folder/<fingerprint of the URL>/`, which all processes of a node
+share and which grows to the size of the split. Size and SHA-256 are checked every time a file is opened, on
+every run: streaming itself would serve a cached shard that once failed its hash. SHA-256 reads some 1 GB/s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+from pgm_scale.data.files import commit, sha256_of, temporary_name
+from pgm_scale.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DatasetManifest, Shard
+from pgm_scale.errors import UserError
+
+REMOTE_SCHEMES = ("s3", "gs")
+DOWNLOAD_TIMEOUT_S = 60.0  # without a byte arriving; the store's own client retries with back-off below this
+
+_log = logging.getLogger(__name__)
+
+
+def is_remote(split: str | Path) -> bool:
+    return "://" in str(split)
+
+
+class SplitStorage:
+    """One split folder, local or remote, and its manifest.
+
+    Args:
+        split: a folder, or an `s3://` or `gs://` URL of one (`S3_ENDPOINT_URL` names another S3 server).
+        cache_folder: a local folder for what is fetched; needed for a URL, unused for a folder.
+
+    Raises:
+        UserError: the manifest or shards are missing or wrong, or the URL cannot be read.
+    """
+
+    def __init__(self, split: str | Path, cache_folder: str | Path | None = None) -> None:
+        self.split = str(split).rstrip("/")
+        self._remote = is_remote(split)
+        if not self._remote:
+            self._folder = Path(split)
+            self.manifest = DatasetManifest.load(self._folder)
+            return
+        scheme = urlparse(self.split).scheme
+        if scheme not in REMOTE_SCHEMES:
+            raise UserError(
+                f"{self.split}: cannot read {scheme}://; give a folder or one of s3:// and gs:// URLs"
+            )
+        if cache_folder is None:
+            raise UserError(f"{self.split}: a remote split needs data.cache_folder, a local folder; set it")
+        self._folder = Path(cache_folder) / hashlib.sha256(self.split.encode()).hexdigest()[:16]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.manifest = self._remote_manifest()
+
+    def shard_path(self, shard: Shard) -> Path:
+        """A local file that was just found to be the shard; a remote one is fetched if need be.
+
+        Raises:
+            UserError: the file is missing or corrupt, which for a remote one means twice in a row.
+        """
+        return self._verified(shard.name, shard.sha256, shard.bytes)
+
+    def tokenizer_path(self) -> Path:
+        """A local `tokenizer.json` with the manifest's fingerprint."""
+        return self._verified(TOKENIZER_NAME, self.manifest.tokenizer_sha256, None)
+
+    def _verified(self, name: str, sha256: str, size_bytes: int | None) -> Path:
+        path = self._folder / name
+        if not self._remote:
+            fault = _fault(path, sha256, size_bytes)
+            if fault:
+                raise UserError(f"{path}: {fault}; copy the file again or prepare the dataset again")
+            return path
+        with _locked(self._folder / f".{name}.lock"):
+            for fetches_left in (2, 1, 0):
+                fault = _fault(path, sha256, size_bytes)
+                if fault is None:
+                    return path
+                if path.exists():
+                    _log.warning("%s: %s; deleting it", path, fault)
+                    path.unlink()
+                if fetches_left:
+                    self._fetch(name)
+        raise UserError(f"{self.split}/{name}: {fault}, fetched twice; upload the file again")
+
+    def _remote_manifest(self) -> DatasetManifest:
+        """Fetched anew by every run: what lies at a URL may have been replaced."""
+        with _locked(self._folder / f".{MANIFEST_NAME}.lock"):
+            self._fetch(MANIFEST_NAME)
+            text = (self._folder / MANIFEST_NAME).read_bytes().decode(errors="replace")
+        manifest = DatasetManifest.from_json(text, f"{self.split}/{MANIFEST_NAME}")
+        names = _remote_names(self.split)
+        absent = [s.name for s in manifest.shards if names is not None and s.name not in names]
+        if absent:
+            raise UserError(
+                f"{self.split}: {len(absent)} of {len(manifest.shards)} shards are missing: "
+                f"{', '.join(absent)}; upload them"
+            )
+        return manifest
+
+    def _fetch(self, name: str) -> None:
+        """Download `name` into the cache, replacing what is there. The caller holds the file's lock."""
+        from streaming.base.storage import CloudDownloader
+
+        url, path = f"{self.split}/{name}", self._folder / name
+        temporary = temporary_name(path)
+        temporary.unlink(missing_ok=True)  # the downloader keeps a file that exists
+        try:
+            CloudDownloader.direct_download(url, str(temporary), DOWNLOAD_TIMEOUT_S)
+            commit(temporary, path)
+        except Exception as error:  # the stores' clients share no base class
+            raise UserError(
+                f"{url}: cannot be fetched ({type(error).__name__}: {_first_line(error)}); "
+                "check the address, the credentials and the room in data.cache_folder"
+            ) from error
+
+
+def _fault(path: Path, sha256: str, size_bytes: int | None) -> str | None:
+    """Why the file is not the one described, or None."""
+    try:
+        found_bytes = path.stat().st_size
+        if size_bytes is not None and found_bytes != size_bytes:
+            return f"corrupt: {found_bytes} bytes instead of {size_bytes}"
+        found = sha256_of(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if found == sha256 else f"corrupt: SHA-256 {found} instead of {sha256}"
+
+
+def _remote_names(url: str) -> set[str] | None:
+    """Names in a remote folder, or None where listing is not allowed; then a missing shard is found late."""
+    from streaming.base.storage import CloudUploader
+
+    try:
+        uploader = CloudUploader.get(url)  # the part of streaming that can list; it makes a scratch folder
+        shutil.rmtree(uploader.local, ignore_errors=True)
+        prefix = urlparse(url).path.strip("/") + "/"
+        return {key.removeprefix(prefix) for key in uploader.list_objects("")}
+    except Exception as error:  # the stores' clients share no base class
+        _log.warning("%s: cannot be listed (%s); missing shards are not known yet", url, _first_line(error))
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An exclusive lock between the processes of a node; it ends with the process that holds it."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
