@@ -1,0 +1,185 @@
+"""The parts that every model shares; the linears come from a `LayerBuilder`.
+
+Precision: activations, the residual stream included, have the dtype of the embedding's weights (bf16 when the
+engine casts the module). Layer norms read and write that dtype and compute in fp32; rotary tables are kept in
+fp32 and rounded once; logits leave in fp32 (`readout`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCY_BASE = 10000.0
+TIME_FEATURES = 256
+
+
+class LayerBuilder(Protocol):
+    """Makes the layers that tensor parallelism splits; every module takes and returns plain tensors.
+
+    `fused_parts` says how many equally tall matrices a column-parallel linear stacks (3 for q, k, v): each of
+    them is split over the ranks on its own, by heads.
+    """
+
+    @property
+    def tensor_parallel_size(self) -> int: ...
+
+    def column_linear(
+        self, in_features: int, out_features: int, bias: bool, fused_parts: int = 1
+    ) -> nn.Module: ...
+
+    def row_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
+
+    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
+
+    def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module: ...
+
+    def vocab_linear(self, hidden_size: int, vocab_size: int) -> nn.Module: ...
+
+
+class LocalLayers:
+    """One device holds everything."""
+
+    tensor_parallel_size = 1
+
+    def column_linear(
+        self, in_features: int, out_features: int, bias: bool, fused_parts: int = 1
+    ) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias)
+
+    def row_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias)
+
+    def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias)
+
+    def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        return VocabularyEmbedding(vocab_size, hidden_size)
+
+    def vocab_linear(self, hidden_size: int, vocab_size: int) -> nn.Module:
+        return nn.Linear(hidden_size, vocab_size)
+
+
+LOCAL_LAYERS = LocalLayers()
+
+
+class VocabularyEmbedding(nn.Module):
+    """Token table `[V, H]`, drawn from U(-1/sqrt(H), 1/sqrt(H)) (FACTS 1.6)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embedding)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with weight only, eps 1e-5, and optionally adaLN's `x * (1 + scale) + shift` behind it.
+
+    The kernel reads and writes the activations' dtype, keeps its statistics in fp32 and rounds once, so no
+    fp32 copy of the stream is stored for the backward pass.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """x `[..., H]`; shift and scale either `[H]`, one for all tokens, or broadcastable to x."""
+        weight = self.weight
+        if shift is None or scale is None:
+            return F.layer_norm(x, weight.shape, weight.to(x.dtype), None)
+        if scale.dim() == 1:  # one condition for all: norm and modulation are one kernel
+            folded = weight.float() * (1 + scale.float())
+            return F.layer_norm(x, weight.shape, folded.to(x.dtype), shift.to(x.dtype))
+        normed = F.layer_norm(x, weight.shape, weight.to(x.dtype), None)
+        return torch.addcmul(shift, normed, 1 + scale)
+
+
+class TimeEmbedding(nn.Module):
+    """The condition vector of noise levels sigma (FACTS 1.2); the embedding MLP and the SiLU behind it.
+
+    Everything but time-conditioned models feeds sigma = 0, which makes it one learned constant.
+    """
+
+    def __init__(self, condition_size: int, layers: LayerBuilder):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            layers.replicated_linear(TIME_FEATURES, condition_size, bias=True),
+            nn.SiLU(),
+            layers.replicated_linear(condition_size, condition_size, bias=True),
+        )
+
+    def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        """Conditions `[..., c]` in `dtype` of sigma `[...]`."""
+        half = TIME_FEATURES // 2
+        steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
+        angles = sigma.float()[..., None] * torch.exp(-math.log(FREQUENCY_BASE) / half * steps)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return F.silu(self.mlp(features.to(dtype)))
+
+
+class PositionTable(nn.Module):
+    """Sinusoidal positions: `position / 10000^(2k / size)` in cosines, then in sines (FACTS 1.3).
+
+    A plain buffer would follow a module's cast to bf16 and come out of `to_empty` uninitialised; the table is
+    computed again instead (in fp64, so it is the same on every platform) whenever the module moves.
+    """
+
+    cos_LK: Tensor
+    sin_LK: Tensor
+
+    def __init__(self, length: int, size: int):
+        super().__init__()
+        self.length, self.size = length, size
+        self._fill(torch.get_default_device())
+
+    def _fill(self, device: torch.device) -> None:
+        positions_L = torch.arange(self.length, dtype=torch.float64, device="cpu")
+        exponents_K = torch.arange(0, self.size, 2, dtype=torch.float64, device="cpu") / self.size
+        angles_LK = positions_L[:, None] / FREQUENCY_BASE**exponents_K
+        for name, table in (("cos_LK", angles_LK.cos()), ("sin_LK", angles_LK.sin())):
+            self.register_buffer(name, table.float().to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionTable:
+        super()._apply(fn, recurse)
+        self._fill(self.cos_LK.device)
+        return self
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Any:
+        """`[..., size]` in `dtype` of int64 positions `[...]`: cosines first."""
+        return torch.cat([self.cos_LK[positions], self.sin_LK[positions]], dim=-1).to(dtype)
+
+
+class RotaryTable(PositionTable):
+    """RoPE's tables for heads of `head_size` (FACTS 1.4), laid out for `rotate`."""
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines `[..., 1, D]` in `dtype` of int64 positions `[...]`; 1 is the heads' axis."""
+        cos, sin = self.cos_LK[positions].to(dtype), self.sin_LK[positions].to(dtype)
+        return torch.cat([cos, cos], dim=-1).unsqueeze(-2), torch.cat([-sin, sin], dim=-1).unsqueeze(-2)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate head vectors `[..., N, D]` by RoPE over halves: a' = a cos - b sin, b' = b cos + a sin."""
+    cos, signed_sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+
+
+def gated_residual(stream: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    """`stream + gate * update`; no gate is a gate of 1."""
+    return stream + update if gate is None else torch.addcmul(stream, gate, update)
+
+
+def zero_linear(linear: Any) -> Any:
+    """The linear with weight and bias 0, as adaLN and the output linear start (FACTS 1.6)."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,228 @@
+"""The Partition Transformer (PGM paper, section 4; FACTS 1): encode each group alone, predict it from the other.
+
+Encoder blocks attend within a group; GroupSwap makes a new stream out of positions and the other group's keys;
+decoder blocks keep reading the other group's final encoding. So the logits of a position depend on no token of
+its own group. Training and inference share one packed layout, `PartitionInputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgm_scale.config import PartitionTransformerConfig
+from pgm_scale.models.blocks import (
+    MLP_RATIO,
+    Attend,
+    CrossAttentionBlock,
+    OutputLayer,
+    Rotary,
+    SelfAttentionBlock,
+    split_heads,
+)
+from pgm_scale.models.layers import (
+    LOCAL_LAYERS,
+    LayerBuilder,
+    PositionTable,
+    RotaryTable,
+    TimeEmbedding,
+    rotate,
+)
+from pgm_scale.models.readout import Readout, logits
+from pgm_scale.models.segments import Segments, segment_attention
+
+
+@dataclass(frozen=True)
+class PartitionInputs:
+    """Packed tokens and the positions to predict; query segment j is predicted from key segment j alone.
+
+    Training: tokens sorted by (sequence, group), key segments (b0 g0), (b0 g1), (b1 g0), ...; query segments are
+    the two groups of each sequence swapped, (b0 g1), (b0 g0), (b1 g1), ..., hence Q = T = B * L whatever the
+    partition. Inference: a row's clean tokens are its key segment, the positions to predict its query segment.
+    Any segment may be empty.
+
+    Attributes:
+        tokens_T: int64 token ids.
+        positions_T: int64 positions of the tokens, 0 to L - 1.
+        segments: the key segments over T.
+        query_positions_Q: int64 positions to predict.
+        query_segments: the query segments over Q, as many as there are key segments.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    segments: Segments
+    query_positions_Q: Tensor
+    query_segments: Segments
+
+    def to(self, device: torch.device | str) -> PartitionInputs:
+        return PartitionInputs(
+            self.tokens_T.to(device, non_blocking=True),
+            self.positions_T.to(device, non_blocking=True),
+            self.segments.to(device),
+            self.query_positions_Q.to(device, non_blocking=True),
+            self.query_segments.to(device),
+        )
+
+
+class PartitionTransformer(nn.Module):
+    """Parameter names and initial values of the published model (FACTS 1.5, 1.6); tables are not in the state."""
+
+    def __init__(
+        self,
+        config: PartitionTransformerConfig,
+        vocab_size: int,
+        length: int,
+        layers: LayerBuilder = LOCAL_LAYERS,
+    ):
+        super().__init__()
+        self.config, self.vocab_size, self.length = config, vocab_size, length
+        self.vocab_embed = layers.vocab_embedding(vocab_size, config.hidden_size)
+        self.rotary_emb = RotaryTable(length, config.hidden_size // config.num_heads)
+        self.sigma_map = TimeEmbedding(config.condition_size, layers)
+        self.encoder = Encoder(config, layers)
+        self.decoder = Decoder(config, length, layers)
+        self.output_layer = OutputLayer(config.hidden_size, vocab_size, config.condition_size, layers)
+
+    def forward(self, inputs: PartitionInputs, readout: Readout = logits) -> Any:
+        """The readout of the query positions; by default fp32 logits `[Q, V]`."""
+        x_TH = self.vocab_embed(inputs.tokens_T)
+        condition = self.sigma_map(x_TH.new_zeros(()), x_TH.dtype)
+        key_rotary = self.rotary_emb(inputs.positions_T, x_TH.dtype)
+        encoded_TH = self.encoder(x_TH, inputs.segments, key_rotary, condition)
+        decoded_QH = self.decoder(
+            encoded_TH, inputs, self.rotary_emb(inputs.query_positions_Q, x_TH.dtype), key_rotary, condition
+        )
+        return self.output_layer(decoded_QH, condition, readout)
+
+
+class Encoder(nn.Module):
+    """Self-attention blocks, each group by itself."""
+
+    def __init__(self, config: PartitionTransformerConfig, layers: LayerBuilder):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SelfAttentionBlock(
+                config.hidden_size, config.num_heads, config.dropout, config.condition_size, layers
+            )
+            for _ in range(config.num_encoder_blocks)
+        )
+
+    def forward(self, x_TH: Tensor, segments: Segments, rotary: Rotary, condition: Tensor) -> Tensor:
+        attend = partial(segment_attention, query_segments=segments, key_segments=segments)
+        for block in self.blocks:
+            x_TH = block(x_TH, rotary, attend, condition)
+        return x_TH
+
+
+class Decoder(nn.Module):
+    """GroupSwap, then cross-attention blocks over the encoder's final output."""
+
+    def __init__(self, config: PartitionTransformerConfig, length: int, layers: LayerBuilder):
+        super().__init__()
+        self.group_swap = GroupSwap(config, length, layers)
+        self.layers = nn.ModuleList(
+            CrossAttentionBlock(
+                config.hidden_size, config.num_heads, config.dropout, config.condition_size, layers
+            )
+            for _ in range(config.num_decoder_blocks)
+        )
+
+    def forward(
+        self,
+        encoded_TH: Tensor,
+        inputs: PartitionInputs,
+        query_rotary: Rotary,
+        key_rotary: Rotary,
+        condition: Tensor,
+    ) -> Tensor:
+        attend = partial(
+            segment_attention, query_segments=inputs.query_segments, key_segments=inputs.segments
+        )
+        x_QH = self.group_swap(encoded_TH, inputs, query_rotary, key_rotary, attend)
+        for layer in self.layers:
+            x_QH = layer(x_QH, encoded_TH, query_rotary, key_rotary, attend, condition)
+        return x_QH
+
+
+class GroupSwap(nn.Module):
+    """Cross-attention whose queries know only their position (FACTS 1.3): the decoder stream's first value.
+
+    Queries start as a learned vector; `+freqs` adds a sinusoidal position, `+mean` and `+logsumexp` an
+    aggregate of the encodings they will read. The aggregate goes in before the norm and the projection, as in
+    the authors' code (the paper's equation 11 has it after). No residual, gate or norm on the keys.
+    """
+
+    def __init__(self, config: PartitionTransformerConfig, length: int, layers: LayerBuilder):
+        super().__init__()
+        hidden = config.hidden_size
+        parts = config.group_swap_query.split("+")
+        self.local_heads = config.num_heads // layers.tensor_parallel_size
+        self.aggregate = _AGGREGATES.get(parts[-1])
+        self.base_embedding = nn.Parameter(torch.randn(1, hidden))
+        self.pre_query_norm = nn.LayerNorm(hidden)
+        self.query_processor: nn.Module
+        if config.group_swap_processor == "linear":
+            self.query_processor = layers.column_linear(hidden, hidden, bias=True)
+        else:  # only the last linear is split, because its output is what goes to the heads
+            self.query_processor = nn.Sequential(
+                layers.replicated_linear(hidden, MLP_RATIO * hidden, bias=True),
+                nn.SiLU(),
+                layers.column_linear(MLP_RATIO * hidden, hidden, bias=True),
+            )
+        self.hidden_to_key_value = layers.column_linear(hidden, 2 * hidden, bias=True, fused_parts=2)
+        self.output_linear = layers.row_linear(hidden, hidden, bias=True)
+        self.position_table = PositionTable(length, hidden) if "freqs" in parts else None
+
+    def forward(
+        self,
+        encoded_TH: Tensor,
+        inputs: PartitionInputs,
+        query_rotary: Rotary,
+        key_rotary: Rotary,
+        attend: Attend,
+    ) -> Tensor:
+        queries_QH = self.base_embedding.expand(inputs.query_positions_Q.shape[0], -1)
+        if self.position_table is not None:
+            queries_QH = queries_QH + self.position_table(inputs.query_positions_Q, queries_QH.dtype)
+        if self.aggregate is not None:
+            aggregates_SH = self.aggregate(encoded_TH, inputs.segments).to(queries_QH.dtype)
+            # An embedding look-up, because its backward pass sums in a fixed order on a GPU too.
+            queries_QH = queries_QH + nn.functional.embedding(inputs.query_segments.ids_T, aggregates_SH)
+        processed = self.query_processor(self.pre_query_norm(queries_QH))
+        (q_QND,) = split_heads(processed, 1, self.local_heads)
+        k_TND, v_TND = split_heads(self.hidden_to_key_value(encoded_TH), 2, self.local_heads)
+        attended = attend(rotate(q_QND, query_rotary), rotate(k_TND, key_rotary), v_TND)
+        return self.output_linear(attended.flatten(-2))
+
+
+def segment_mean(x_TH: Tensor, segments: Segments) -> Tensor:
+    """fp32 `[S, H]`: the mean of each segment's rows, 0 for an empty one."""
+    counts_S1 = segments.offsets_S1.diff().clamp(min=1)[:, None]
+    return _segment_reduce(x_TH.float(), "sum", segments) / counts_S1
+
+
+def segment_logsumexp(x_TH: Tensor, segments: Segments) -> Tensor:
+    """fp32 `[S, H]`: the log-sum-exp of each segment's rows, 0 for an empty one."""
+    x_TH = x_TH.float()
+    is_empty_S1 = (segments.offsets_S1.diff() == 0)[:, None]
+    # The largest value only keeps exp in range, so nothing flows through it.
+    peak_SH = _segment_reduce(x_TH.detach(), "max", segments).masked_fill(is_empty_S1, 0.0)
+    sums_SH = _segment_reduce((x_TH - peak_SH[segments.ids_T]).exp(), "sum", segments)
+    return peak_SH + sums_SH.masked_fill(is_empty_S1, 1.0).log()
+
+
+def _segment_reduce(x_TH: Tensor, reduction: str, segments: Segments) -> Tensor:
+    # unsafe skips a check of the offsets, which would wait for the device.
+    return torch.segment_reduce(x_TH, reduction, offsets=segments.offsets_S1.long(), axis=0, unsafe=True)
+
+
+_AGGREGATES: dict[str, Callable[[Tensor, Segments], Tensor]] = {
+    "mean": segment_mean,
+    "logsumexp": segment_logsumexp,
+}
