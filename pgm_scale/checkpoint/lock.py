@@ -55,8 +55,8 @@ class RunLock:
 
     - the holder ran on this machine and in this process-id namespace: the kernel knows whether it lives;
     - elsewhere (another node, another container, before a reboot): the heartbeat is watched. If it moves, the
-      holder lives. If it stands still for `dead_after_s`, the holder is dead. No clocks are compared. The price:
-      a run that is requeued to another node after a node failure waits `dead_after_s` at its start.
+      holder lives. If it stands still for `dead_after_s`, the holder is dead. No clocks are compared. A run
+      that is requeued to another node after a node failure waits `dead_after_s` at its start.
 
     Args:
         folder: the run folder; it is created.
@@ -102,8 +102,8 @@ class RunLock:
         """Before each commit. Raises: UserError: the lock is not ours any more (we were stopped for long)."""
         if not self._is_ours():
             raise UserError(
-                f"this run ({self._holder}) has lost {self.path}: another run took the folder over while this "
-                "one was stopped, or the file was deleted; nothing more is saved"
+                f"this run ({self._holder}) has lost {self.path}: another run took the folder over while "
+                "this one was stopped, or the file was deleted; nothing more is saved"
             )
 
     def release(self) -> None:
@@ -126,27 +126,27 @@ class RunLock:
 
     def _evict_dead_holder(self) -> None:
         """Return when the lock that stood in our way is gone; raise if its holder lives."""
-        found = _read(self.path)
-        if found is None:
+        data = _content(self.path)
+        if data is None:
             return
-        data = found[0]
         holder = _parse(data)
         if self._lives(holder, data):
             raise UserError(
                 f"the run folder {self.path.parent} is in use by another run "
                 f"({holder or 'unreadable lock'}); wait for it, stop it, or choose another folder"
             )
-        # Moved aside, not deleted: if another starter was faster, this is its lock and not the dead one.
+        if _content(self.path) != data:
+            return
+        # Moved aside, not deleted: another starter may have been faster just now, and this be its lock.
         aside = self.path.with_name(f".run.lock.dead.{self._holder.host}.{self._holder.pid}")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return
-        moved = _read(aside)
-        if moved is not None and moved[0] != data:
-            _link(aside, self.path)
-        else:
+        if _content(aside) == data:
             logger.warning("recovered the run lock of a dead process (%s)", holder or "unreadable lock")
+        else:
+            _link(aside, self.path)
         aside.unlink()
 
     def _lives(self, holder: Holder | None, data: bytes) -> bool:
@@ -169,8 +169,7 @@ class RunLock:
         return False
 
     def _is_ours(self) -> bool:
-        found = _read(self.path)
-        return found is not None and found[0] == self._holder.to_bytes()
+        return _content(self.path) == self._holder.to_bytes()
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_interval_s):
@@ -197,6 +196,11 @@ def _read(path: Path) -> tuple[bytes, int] | None:
             return file.read(4096), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+def _content(path: Path) -> bytes | None:
+    found = _read(path)
+    return found[0] if found else None
 
 
 def _parse(data: bytes) -> Holder | None:

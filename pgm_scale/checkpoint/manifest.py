@@ -35,6 +35,11 @@ class Problem:
         return f"{self.file}: {self.reason}"
 
 
+def join(problems: Sequence[Problem]) -> str:
+    """All problems in one line."""
+    return "; ".join(map(str, problems))
+
+
 @dataclass(frozen=True)
 class Manifest:
     """`files` are the rank files in rank order, then the state."""
