@@ -1,9 +1,9 @@
 """Random draws as pure functions of (run seed, global sample number, stream), on the host.
 
-Philox is counter based: the key is (seed, stream), the counter starts at the sample number, so sample n's draws
-never depend on the rank, the micro-batch or the history of the run. Only raw 64-bit words are used, because numpy
-keeps those fixed for ever, but not what its distributions make of them.
-512 sequences of 1024 tokens take about 20 ms a core for a mask and about 60 ms for a subset of given size.
+Philox is counter based: the key is (seed, stream) and the counter starts at the sample number, so a sample's
+draws never depend on the rank, the micro-batch or the history of the run. Only raw 64-bit words are used:
+numpy keeps those fixed for ever, but not what its distributions make of them.
+512 sequences of 1024 tokens take about 20 ms of one core for a mask, 50 ms for a subset of given size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _stream_word(stream: str) -> int:
 
 def sample_generator(seed: int, sample_number: int, stream: str) -> np.random.Generator:
     """The generator of one sample: the same on every platform, independent between samples and streams."""
-    # The counter's second 64-bit word is the sample number: 2**64 blocks of four words before two samples meet.
+    # The sample number is the counter's second word, so two samples meet only after 2**64 blocks of words.
     key = (_stream_word(stream) << 64) | (seed % _WORD)
     return np.random.Generator(np.random.Philox(counter=int(sample_number) << 64, key=key))
 
@@ -50,7 +50,7 @@ def stratified_uniform(
     """
     u_B = uniforms(seed, sample_numbers_B, stream, 1)[:, 0]
     stratum_B = np.asarray(sample_numbers_B) % global_batch_sequences
-    # U + i can round up to i + 1 (at worst u = 1, where a weight 1 / (1 - t) would be infinite): stay below it.
+    # U + i can round up to i + 1, at worst to u = 1: stay inside the stratum.
     upper_B = np.nextafter((stratum_B + 1) / global_batch_sequences, 0.0)
     return np.minimum((u_B + stratum_B) / global_batch_sequences, upper_B)
 
@@ -58,8 +58,8 @@ def stratified_uniform(
 def sequential_uniform(seed: int, sample_numbers_B: np.ndarray, stream: str) -> np.ndarray:
     """float64 [B] in [0, 1), stratified over every aligned block of 2**k sample numbers, for all k at once.
 
-    The van der Corput sequence (the sample number's bits in reverse) with one random digital shift a stream. It
-    needs no batch size, so that a fixed validation set gets the same times however it is cut into batches.
+    The van der Corput sequence (the sample number's bits in reverse) with one random digital shift a stream.
+    It needs no batch size, so a fixed validation set gets the same times however it is cut into batches.
     """
     shift = random_words(seed, np.zeros(1, np.int64), stream, 1)[0, 0]
     return _unit_interval(_reversed_bits(np.asarray(sample_numbers_B).astype(np.uint64)) ^ shift)

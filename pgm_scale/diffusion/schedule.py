@@ -41,7 +41,7 @@ class LogLinearSchedule:
         return 1.0 / t
 
     def complement_weight(self, t: Time) -> Time:
-        """-alpha'_t / alpha_t = (1 - epsilon) / alpha_t: the NELBO weight of the complement, masked with alpha_t.
+        """-alpha'_t / alpha_t = (1 - epsilon) / alpha_t: the weight of the complement, masked with alpha_t.
 
         The published weight of the complement is 1 / (1 - t), which exceeds this one by
         epsilon / ((1 - t) alpha_t) and makes the mean of the loss diverge at t = 1 (FACTS 3.4).

@@ -1,0 +1,128 @@
+"""What an objective is: host-side draws and layout, one forward pass, and the loss terms of its rows.
+
+A row is what one weight belongs to: a sequence, or one group of a sequence. The trainer divides the sum of
+`loss_S` by the scored tokens of the global batch, so any split of a batch sums to the same loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from pgm_scale.data.batch import TokenBatch
+from pgm_scale.data.manifest import Vocabulary
+from pgm_scale.diffusion.draws import sequential_uniform, stratified_uniform
+
+Self = TypeVar("Self", bound="Inputs")
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """What the draws depend on besides the sample number: the run's seed and the batch to stratify over."""
+
+    seed: int
+    global_batch_sequences: int
+
+
+@dataclass
+class LossTerms:
+    """Sums over the scored tokens of each row.
+
+    Attributes:
+        loss_S: fp32 weighted negative log-likelihood in nats, differentiable.
+        cross_entropy_S: fp32 negative log-likelihood in nats without weights, detached.
+        scored_tokens_S: int64 tokens in the row's sums.
+        mask_fraction_S: float64 share of the sequence's positions that the row has to predict.
+        sequence_S: int64 index in the batch of the sequence that the row belongs to.
+    """
+
+    loss_S: torch.Tensor
+    cross_entropy_S: torch.Tensor
+    scored_tokens_S: np.ndarray
+    mask_fraction_S: np.ndarray
+    sequence_S: np.ndarray
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Base of an objective's inputs: `to` moves every field that lives on a device."""
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+            elif hasattr(value, "to"):
+                moved[field.name] = value.to(device)
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Rows(Inputs):
+    """The rows of a batch: their weights on the device, and what the log says of them on the host."""
+
+    weight_S: torch.Tensor
+    scored_tokens_S: np.ndarray
+    mask_fraction_S: np.ndarray
+    sequence_S: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        weight_S: np.ndarray,
+        scored_tokens_S: np.ndarray,
+        mask_fraction_S: np.ndarray,
+        sequence_S: np.ndarray,
+    ) -> Rows:
+        weights = torch.from_numpy(weight_S.astype(np.float32))
+        return cls(weights, scored_tokens_S.astype(np.int64), mask_fraction_S, sequence_S)
+
+    def terms(self, nll_S: torch.Tensor, loss_S: torch.Tensor | None = None) -> LossTerms:
+        """Loss terms of the rows' NLL sums; the loss is the weighted NLL unless it is given."""
+        loss_S = self.weight_S * nll_S if loss_S is None else loss_S
+        return LossTerms(loss_S, nll_S.detach(), self.scored_tokens_S, self.mask_fraction_S, self.sequence_S)
+
+
+class Objective(Protocol):
+    """A loss: pure host-side `*_inputs`, then `terms`, which calls `model(...)` exactly once."""
+
+    def scored_tokens(self, batch: TokenBatch) -> np.ndarray:
+        """int64 [B]: what the loss of each sequence is divided by."""
+
+    def training_inputs(self, batch: TokenBatch, spec: DrawSpec) -> Any:
+        """Host tensors with `.to(device)`; a pure function of its arguments."""
+
+    def validation_inputs(self, batch: TokenBatch, spec: DrawSpec) -> Any:
+        """As `training_inputs`, for a bound on the NLL whose draws depend on (seed, sample number) alone."""
+
+    def terms(self, model: Callable[..., Any], inputs: Any) -> LossTerms: ...
+
+
+def scorable(batch: TokenBatch, vocabulary: Vocabulary) -> np.ndarray:
+    """bool [B, L]: the valid tokens but for a mask id in the data, which no model gives any probability."""
+    return batch.valid_BL & (batch.tokens_BL != vocabulary.mask_id)
+
+
+def finite_targets(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Tokens with any mask id replaced: it is never scored, but its infinite NLL times 0 would be NaN."""
+    return np.where(tokens == vocabulary.mask_id, int(vocabulary.mask_id == 0), tokens)
+
+
+def training_times(batch: TokenBatch, spec: DrawSpec, minimum_time: float) -> np.ndarray:
+    """float64 [B]: t = s + (1 - s) u, with u stratified over the global batch (FACTS 3.1)."""
+    u_B = stratified_uniform(spec.seed, batch.sample_numbers_B, spec.global_batch_sequences, "training/time")
+    # Rounding must not lift t to 1, where the published weight 1 / (1 - t) of a partition is infinite.
+    return np.minimum(minimum_time + (1 - minimum_time) * u_B, np.nextafter(1.0, 0.0))
+
+
+def validation_times(batch: TokenBatch, spec: DrawSpec, minimum_time: float) -> np.ndarray:
+    """float64 [B]: t = s + (1 - s) u, with u stratified over any aligned block of 2**k sample numbers."""
+    return minimum_time + (1 - minimum_time) * sequential_uniform(
+        spec.seed, batch.sample_numbers_B, "validation/time"
+    )
