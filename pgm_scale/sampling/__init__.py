@@ -1,0 +1,182 @@
+"""Generation: one call, `sample`, for every model, prompt and infilling.
+
+`known_BL` says which tokens are given (-1: generate this one), so that unconditional sampling (only BOS at
+position 0 is known), prompting (a prefix is known) and infilling (anything is known) are the same call.
+
+A batch goes `sample` -> a sampler from `SAMPLERS` -> `decode.decode` (the shared loop; a plan says at which step
+each position is decoded) -> the model -> `categorical.TokenDraw` (its readout, which draws the tokens).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pgm_scale.config import SamplerConfig
+from pgm_scale.data.manifest import Vocabulary
+from pgm_scale.errors import UserError
+from pgm_scale.models.autoregressive import AutoregressiveTransformer
+from pgm_scale.models.dit import DiffusionTransformer
+from pgm_scale.models.partition_transformer import PartitionTransformer
+from pgm_scale.sampling.analytic import sample_analytic
+from pgm_scale.sampling.ancestral import sample_ancestral, sample_ancestral_cached
+from pgm_scale.sampling.autoregressive import sample_autoregressive
+from pgm_scale.sampling.batch import Sampler, SamplingBatch
+from pgm_scale.sampling.pgm_naive import sample_naive
+from pgm_scale.sampling.pgm_non_uniform import sample_non_uniform
+from pgm_scale.sampling.pgm_uniform import sample_uniform
+
+UNKNOWN = -1
+
+# `sampler.kind`: the model it samples from, and how.
+SAMPLERS: dict[str, tuple[type[nn.Module], Sampler]] = {
+    "pgm_uniform": (PartitionTransformer, sample_uniform),
+    "pgm_non_uniform": (PartitionTransformer, sample_non_uniform),
+    "pgm_naive": (PartitionTransformer, sample_naive),
+    "ancestral": (DiffusionTransformer, sample_ancestral),
+    "ancestral_cached": (DiffusionTransformer, sample_ancestral_cached),
+    "analytic": (DiffusionTransformer, sample_analytic),
+    "autoregressive": (AutoregressiveTransformer, sample_autoregressive),
+}
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Completed sequences and what they cost.
+
+    Attributes:
+        tokens_BL: int64 on the host; the known tokens are as given.
+        forward_passes: of the model, over all batches.
+        elapsed_s: wall time, from the first batch's start to the last one's tokens on the host.
+        tokens_per_second: generated tokens (known ones do not count) over `elapsed_s`.
+    """
+
+    tokens_BL: np.ndarray
+    forward_passes: int
+    elapsed_s: float
+    tokens_per_second: float
+
+
+def sample(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    length: int,
+    config: SamplerConfig,
+    *,
+    known_BL: np.ndarray,
+    seed: int,
+    batch_sequences: int,
+    first_sample_number: int = 0,
+    device: torch.device | str,
+) -> SampleResult:
+    """Generate every unknown token of `known_BL`, `batch_sequences` rows at a time.
+
+    Row i is sample number `first_sample_number + i`. Its draws are a function of (seed, sample number, position)
+    alone, so the batch size and the rows beside it change its text only where two float32 logits that differ in
+    rounding fall on two sides of a uniform.
+
+    Args:
+        model: on `device`; put into eval mode for the call (no dropout) and given back as it was.
+        length: L, the number of positions of a row.
+        known_BL: int64 [B, L]; -1 where a token is to be generated.
+
+    Raises:
+        UserError: the sampler does not fit the model, or a value is out of range.
+    """
+    sampler = _sampler_for(config.kind, model)
+    device = torch.device(device)
+    _check_model(model, vocabulary, length)
+    _check_request(vocabulary, length, config, known_BL, batch_sequences)
+    finished: list[np.ndarray] = []
+    forward_passes = 0
+    started_s = time.perf_counter()
+    with torch.inference_mode(), _evaluation_mode(model):
+        for start in range(0, len(known_BL), batch_sequences):
+            known_bL = known_BL[start : start + batch_sequences].astype(np.int64)
+            numbers_b = first_sample_number + start + np.arange(len(known_bL))
+            batch = SamplingBatch(known_bL, numbers_b, seed, vocabulary, config, device)
+            tokens_bL, passes = sampler(model, batch)
+            finished.append(tokens_bL.cpu().numpy())
+            forward_passes += passes
+    elapsed_s = time.perf_counter() - started_s
+    tokens_BL = np.concatenate(finished)
+    return SampleResult(tokens_BL, forward_passes, elapsed_s, float((known_BL < 0).sum() / elapsed_s))
+
+
+def known_prefixes(prompts: Sequence[Sequence[int]], length: int, bos_id: int) -> np.ndarray:
+    """`known_BL` for prompts: BOS, then the prompt's tokens, then unknown. An empty prompt is unconditional.
+
+    Raises:
+        UserError: a prompt leaves no position to generate.
+    """
+    known_BL = np.full((len(prompts), length), UNKNOWN, dtype=np.int64)
+    for number, (known_L, prompt) in enumerate(zip(known_BL, prompts, strict=True)):
+        if len(prompt) + 1 >= length:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens, and with BOS the model holds {length}; shorten it"
+            )
+        known_L[: len(prompt) + 1] = [bos_id, *prompt]
+    return known_BL
+
+
+def _sampler_for(kind: str, model: nn.Module) -> Sampler:
+    needed, sampler = SAMPLERS[kind]
+    if not isinstance(model, needed):
+        fitting = [k for k, (model_type, _) in SAMPLERS.items() if isinstance(model, model_type)]
+        raise UserError(
+            f"sampler.kind {kind} needs a {needed.__name__}, but the model is a {type(model).__name__}; "
+            f"{'choose one of ' + ', '.join(fitting) if fitting else 'no sampler fits it'}"
+        )
+    return sampler
+
+
+def _check_model(model: Any, vocabulary: Vocabulary, length: int) -> None:
+    if model.vocab_size != vocabulary.size:
+        raise UserError(
+            f"the model has {model.vocab_size} tokens and the vocabulary {vocabulary.size} (each with the mask); "
+            "give the tokenizer that the model was trained with"
+        )
+    if length > model.length:
+        raise UserError(
+            f"length {length} exceeds the model's {model.length}; ask for at most that many tokens"
+        )
+
+
+def _check_request(
+    vocabulary: Vocabulary, length: int, config: SamplerConfig, known_BL: np.ndarray, batch_sequences: int
+) -> None:
+    if known_BL.ndim != 2 or known_BL.shape[1] != length or not len(known_BL):
+        raise UserError(
+            f"known tokens have shape {known_BL.shape}; they must be (rows, {length}), rows above 0"
+        )
+    if known_BL.min() < UNKNOWN or known_BL.max() >= vocabulary.size:
+        raise UserError(
+            f"known tokens reach from {known_BL.min()} to {known_BL.max()}; the vocabulary has ids 0 to "
+            f"{vocabulary.size - 1}, and -1 asks for a token: check the tokenizer"
+        )
+    if (known_BL == vocabulary.mask_id).any():
+        raise UserError(
+            f"a known token is the mask id {vocabulary.mask_id}; write -1 where a token is to be generated"
+        )
+    if config.steps < 1 or batch_sequences < 1:
+        raise UserError(
+            f"sampler.steps {config.steps} and the batch size {batch_sequences} must both be at least 1"
+        )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training

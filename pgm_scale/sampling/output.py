@@ -1,0 +1,71 @@
+"""Samples to files: readable text, JSON lines, or a token array."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pgm_scale.data.files import write_whole
+from pgm_scale.errors import UserError
+
+OutputFormat = Literal["text", "jsonl", "npy"]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a `tokenizers` JSON.
+
+    Raises:
+        UserError: it is missing or no tokenizer.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"cannot read the tokenizer {path}: {error}; give a tokenizers JSON file") from None
+
+
+def to_text(tokens_BL: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """One string a row; special tokens stay visible, because they are where documents begin and end."""
+    return tokenizer.decode_batch(tokens_BL.tolist(), skip_special_tokens=False)
+
+
+def write_samples(
+    path: str | Path,
+    tokens_BL: np.ndarray,
+    output_format: OutputFormat,
+    tokenizer: Tokenizer | None = None,
+    first_sample_number: int = 0,
+) -> None:
+    """Write samples so that the file is either whole or not there.
+
+    Formats: `text` puts a numbered heading before each sample; `jsonl` has one object a line with
+    `sample_number`, `text` (null without a tokenizer) and `tokens`; `npy` is int32 [B, L].
+
+    Raises:
+        UserError: `text` without a tokenizer, or the file cannot be written.
+    """
+    path = Path(path)
+    if output_format == "text" and tokenizer is None:
+        raise UserError(f"cannot write {path} as text without a tokenizer; choose jsonl or npy")
+    texts = [None] * len(tokens_BL) if tokenizer is None else to_text(tokens_BL, tokenizer)
+    numbered = list(zip(range(first_sample_number, first_sample_number + len(tokens_BL)), texts, strict=True))
+    if output_format == "npy":
+        array_file = io.BytesIO()
+        np.save(array_file, tokens_BL.astype(np.int32))
+        content = array_file.getvalue()
+    elif output_format == "text":
+        content = "".join(f"=== sample {number} ===\n{text}\n\n" for number, text in numbered).encode()
+    else:
+        rows = [
+            {"sample_number": number, "text": text, "tokens": tokens_L}
+            for (number, text), tokens_L in zip(numbered, tokens_BL.tolist(), strict=True)
+        ]
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another path") from None
