@@ -1,4 +1,4 @@
-"""The autoregressive transformer: causal attention, plain norms, no adaLN (FACTS 1.5), and its key-value cache."""
+"""The autoregressive transformer: causal attention, no adaLN (FACTS 1.5); the key-value cache."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ class AutoregressiveTransformer(nn.Module):
         """The readout of `[B, n, H]`; by default fp32 logits `[B, n, V]`.
 
         Args:
-            tokens_Bn: int64 token ids: the sequence from its start, or, with a cache, what follows the tokens in
-                it.
+            tokens_Bn: int64 token ids from the start of the sequence or, with a cache, from where it ends.
             readout: what to make of the hidden states.
             cache: holds earlier tokens; these ones are added to it.
         """

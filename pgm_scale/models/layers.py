@@ -162,7 +162,7 @@ class RotaryTable(PositionTable):
     """RoPE's tables for heads of `head_size` (FACTS 1.4), laid out for `rotate`."""
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines `[..., 1, D]` in `dtype` of int64 positions `[...]`; 1 is the heads' axis."""
+        """Cosines and signed sines `[..., 1, D]` in `dtype` of int64 positions `[...]`; 1 is for heads."""
         cos, sin = self.cos_LK[positions].to(dtype), self.sin_LK[positions].to(dtype)
         return torch.cat([cos, cos], dim=-1).unsqueeze(-2), torch.cat([-sin, sin], dim=-1).unsqueeze(-2)
 

@@ -1,8 +1,8 @@
-"""The Partition Transformer (PGM paper, section 4; FACTS 1): encode each group alone, predict it from the other.
+"""The Partition Transformer (PGM paper, section 4; FACTS 1): encode a group alone, predict it from the other.
 
-Encoder blocks attend within a group; GroupSwap makes a new stream out of positions and the other group's keys;
-decoder blocks keep reading the other group's final encoding. So the logits of a position depend on no token of
-its own group. Training and inference share one packed layout, `PartitionInputs`.
+Encoder blocks attend within a group; GroupSwap makes a new stream out of positions and the other group's
+keys; decoder blocks keep reading the other group's final encoding. So the logits of a position depend on no
+token of its own group. Training and inference share one packed layout, `PartitionInputs`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from pgm_scale.models.segments import Segments, segment_attention
 class PartitionInputs:
     """Packed tokens and the positions to predict; query segment j is predicted from key segment j alone.
 
-    Training: tokens sorted by (sequence, group), key segments (b0 g0), (b0 g1), (b1 g0), ...; query segments are
-    the two groups of each sequence swapped, (b0 g1), (b0 g0), (b1 g1), ..., hence Q = T = B * L whatever the
-    partition. Inference: a row's clean tokens are its key segment, the positions to predict its query segment.
-    Any segment may be empty.
+    Training: tokens sorted by (sequence, group), key segments (b0 g0), (b0 g1), (b1 g0), ...; query segments
+    are the two groups of each sequence swapped, (b0 g1), (b0 g0), (b1 g1), ..., hence Q = T = B * L whatever
+    the partition. Inference: a row's clean tokens are its key segment, the positions to predict its query
+    segment. Any segment may be empty.
 
     Attributes:
         tokens_T: int64 token ids.
@@ -71,7 +71,7 @@ class PartitionInputs:
 
 
 class PartitionTransformer(nn.Module):
-    """Parameter names and initial values of the published model (FACTS 1.5, 1.6); tables are not in the state."""
+    """Names and initial values of the published model (FACTS 1.5, 1.6); no position tables in the state."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """What becomes of the output layer's hidden states: a function of them and of the output linear.
 
-A readout runs inside the output layer's forward, so that a sharded or tensor-parallel linear is whole where it
-is used, and so that a caller can take only what it needs: all logits, or one number a token.
+A readout runs inside the output layer's forward, so that a sharded or tensor-parallel linear is whole where
+it is used, and so that a caller can take only what it needs: all logits, or one number a token.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TokenNLL:
 
     Attributes:
         targets: int64, the shape of the hidden states without their last dimension.
-        excluded_id: a token that is never predicted, the mask: its logit becomes -inf (FACTS 1.7), so that the
-            NLL of a target equal to it is +inf.
+        excluded_id: a token that is never predicted, the mask: its logit becomes -inf (FACTS 1.7), so the NLL
+            of a target equal to it is +inf.
     """
 
     targets: Tensor

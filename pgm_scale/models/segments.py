@@ -1,8 +1,8 @@
-"""Attention between consecutive segments of packed tensors: query segment j reads key segment j, nothing else.
+"""Attention between consecutive segments of packed tensors: query segment j reads only key segment j.
 
-Group-wise attention in the packed layout is a list of small dense attentions, so no L x L mask exists and the
-work is what the groups need: half of a dense mask's for two equal groups. `segment_attention` picks a backend
-from what the host knows (the lengths) and never waits for the device.
+Group-wise attention in the packed layout is a list of small dense attentions, so no L x L mask exists and
+the work is what the groups need: half of a dense mask's for two equal groups. `segment_attention` picks a
+backend from what the host knows (the lengths) and never waits for the device.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def looped_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: S
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """Segments padded to a batch with a key mask: fp32 on a GPU, which has no variable-length kernel for it."""
+    """Segments padded to a batch, with a key mask: for fp32 on a GPU, which has no variable-length kernel."""
 
     def pad(x: Tensor, segments: Segments) -> Tensor:
         size = (segments.count * segments.max_length, *x.shape[1:])
@@ -167,4 +167,6 @@ def _padded_rows(segments: Segments) -> Tensor:
 
 def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """The fused GPU kernel over packed segments, bf16 and fp16."""
-    return varlen_attn(q, k, v, queries.offsets_S1, keys.offsets_S1, queries.max_length, keys.max_length)
+    out = varlen_attn(q, k, v, queries.offsets_S1, keys.offsets_S1, queries.max_length, keys.max_length)
+    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are asked for
+    return out

@@ -1,0 +1,76 @@
+"""Small models with nothing left at zero, and the packed layouts of a partition."""
+
+import torch
+
+from pgm_scale.config import (
+    AutoregressiveTransformerConfig,
+    DiffusionTransformerConfig,
+    PartitionTransformerConfig,
+)
+from pgm_scale.models import build_model
+from pgm_scale.models.partition_transformer import PartitionInputs
+from pgm_scale.models.segments import Segments
+
+VOCAB, LENGTH, HIDDEN, HEADS = 23, 12, 32, 2
+QUERY_MODES = ("learn", "learn+freqs", "learn+freqs+mean", "learn+freqs+logsumexp")
+
+
+def partition_config(query="learn+freqs", processor="linear", dropout=0.0):
+    return PartitionTransformerConfig(
+        hidden_size=HIDDEN,
+        num_heads=HEADS,
+        num_encoder_blocks=2,
+        num_decoder_blocks=2,
+        condition_size=8,
+        dropout=dropout,
+        group_swap_query=query,
+        group_swap_processor=processor,
+    )
+
+
+def diffusion_config(time_conditioned=False):
+    return DiffusionTransformerConfig(
+        hidden_size=HIDDEN,
+        num_heads=HEADS,
+        num_blocks=2,
+        condition_size=8,
+        dropout=0.0,
+        time_conditioned=time_conditioned,
+    )
+
+
+def autoregressive_config():
+    return AutoregressiveTransformerConfig(hidden_size=HIDDEN, num_heads=HEADS, num_blocks=2, dropout=0.0)
+
+
+def randomised(config, seed=0):
+    """The model with all its parameters drawn: at its initial values, gates, shifts and logits are zero."""
+    torch.manual_seed(seed)
+    model = build_model(config, VOCAB, LENGTH)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
+
+
+def pack_groups(tokens_BL, groups_BL):
+    """The training layout, and for each packed query its (sequence, position)."""
+    sequences, positions, lengths = [], [], []
+    query_sequences, query_positions, query_lengths = [], [], []
+    for b, groups in enumerate(groups_BL.tolist()):
+        members = [[i for i, g in enumerate(groups) if g == group] for group in (0, 1)]
+        for own, other in (members, members[::-1]):
+            positions += own
+            sequences += [b] * len(own)
+            lengths.append(len(own))
+            query_positions += other
+            query_sequences += [b] * len(other)
+            query_lengths.append(len(other))
+    rows, columns = torch.tensor(query_sequences), torch.tensor(query_positions)
+    inputs = PartitionInputs(
+        tokens_BL[torch.tensor(sequences), torch.tensor(positions)],
+        torch.tensor(positions),
+        Segments.of(lengths),
+        columns,
+        Segments.of(query_lengths),
+    )
+    return inputs, (rows, columns)
