@@ -6,8 +6,8 @@
     <run>/checkpoints/.step_00002000.saving           a save under way, or one that died
 
 A save writes and syncs all files in the `.saving` folder, the manifest last, renames the folder, syncs the
-parent and then moves LATEST. A death before the manifest loses that save only; a death after it loses nothing,
-as `recover` finishes the rename, and LATEST is a convenience that the next start repairs.
+parent and then moves LATEST. A death before the manifest loses that save only; a death after it loses
+nothing, as `recover` finishes the rename, and LATEST is a convenience that the next start repairs.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class StepFolders:
                 leftover.unlink()
 
     def purge(self, keep_last: int, milestone_interval_steps: int, keep_step: int | None) -> list[int]:
-        """Delete all but the newest `keep_last`, the milestones and `keep_step`; returns the deleted steps."""
+        """Delete all but the newest `keep_last`, the milestones and `keep_step`; returns what it deleted."""
         assert keep_last >= 1
         doomed = [
             step

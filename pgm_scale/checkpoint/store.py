@@ -1,4 +1,4 @@
-"""The checkpoint store: saves agreed by all ranks, verified loads that fall back, any layout to any layout."""
+"""The checkpoint store: saves that all ranks agree on, verified loads that fall back."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class CheckpointStore:
     def newest_verified(self, strict: bool = False, repair: bool = True) -> int | None:
         """Collective: the newest step all of whose files have the size and SHA-256 of its manifest.
 
-        Each rank hashes its share of the files. A bad step is named on stderr and moved to the quarantine, and
-        the next older one is tried.
+        Each rank hashes its share of the files. A bad step is named on stderr and moved to the quarantine,
+        and the next older one is tried.
 
         Args:
             strict: refuse with an error at the first bad step instead, and leave it where it is.
@@ -145,7 +145,7 @@ class CheckpointStore:
             for each key one 1-D fp32 CPU tensor a range, in the order asked.
 
         Raises:
-            UserError: missing, extra or mis-shaped tensors among the wanted kinds, holes, overlaps (all listed).
+            UserError: all missing, extra and mis-shaped tensors of the wanted kinds, all holes and overlaps.
         """
         index = self._index(step)
         check_names(index, wanted)
@@ -160,9 +160,8 @@ class CheckpointStore:
         index = self._index(step)
         shapes = {key: shape for key, shape in index.shapes.items() if key[0] == kind}
         if not shapes:
-            raise UserError(
-                f"{self.folders.of(step)} has no {kind!r} values, only {sorted(self.kinds(step))}"
-            )
+            stored = sorted({kind for kind, _ in index.shapes})
+            raise UserError(f"{self.folders.of(step)} has no {kind!r} values, only {stored}")
         whole: Wanted = {key: (shape, [(0, math.prod(shape))]) for key, shape in shapes.items()}
         return {key[1]: values.view(shapes[key]) for key, (values,) in assemble(index, whole).items()}
 
