@@ -48,10 +48,8 @@ def read_mds(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.nd
     """
     from streaming.base.format.mds.reader import MDSReader
 
-    (rows,) = np.fromfile(path, "<u4", count=1)
-    if rows != shard.rows:
-        raise ValueError(f"its header says {rows} rows, the manifest {shard.rows}")
     entry = _index_entry(manifest, shard)
+    _check_header(path, shard.rows, sum(entry["column_sizes"]))
     entry["raw_data"]["basename"] = path.name
     reader = MDSReader.from_json(str(path.parent), None, entry)
     tokens_RL = np.empty((shard.rows, manifest.length_tokens), manifest.token_dtype)
@@ -61,6 +59,16 @@ def read_mds(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.nd
         tokens_RL[row] = sample["tokens"]
         valid_lengths_R[row] = sample["valid_length"]
     return tokens_RL, valid_lengths_R
+
+
+def _check_header(path: Path, rows: int, row_bytes: int) -> None:
+    """The count of rows, and offsets that step by a row and end with the file: the reader trusts them."""
+    header = np.fromfile(path, "<u4", count=rows + 2).astype(np.int64)
+    if header.size == 0 or header[0] != rows:
+        raise ValueError(f"its header says {header[:1].tolist()} rows, the manifest {rows}")
+    expected = path.stat().st_size - row_bytes * np.arange(rows, -1, -1)
+    if not np.array_equal(header[1:], expected):
+        raise ValueError(f"its row offsets do not fit {rows} rows of {row_bytes} bytes")
 
 
 def _columns(token_dtype: str, length_tokens: int) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pgm_scale.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DatasetManife
 from pgm_scale.errors import UserError
 
 REMOTE_SCHEMES = ("s3", "gs")
-DOWNLOAD_TIMEOUT_S = 60.0  # without a byte arriving; the store's own client retries with back-off below this
+DOWNLOAD_TIMEOUT_S = 30.0  # without a byte; the store's client itself retries, five times for S3
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,12 @@ class SplitStorage:
         if cache_folder is None:
             raise UserError(f"{self.split}: a remote split needs data.cache_folder, a local folder; set it")
         self._folder = Path(cache_folder) / hashlib.sha256(self.split.encode()).hexdigest()[:16]
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_folder {cache_folder}: cannot be written ({error.strerror}); choose another"
+            ) from None
         self.manifest = self._remote_manifest()
 
     def shard_path(self, shard: Shard) -> Path:
@@ -117,8 +122,9 @@ class SplitStorage:
             CloudDownloader.direct_download(url, str(temporary), DOWNLOAD_TIMEOUT_S)
             commit(temporary, path)
         except Exception as error:  # the stores' clients share no base class
+            reason = getattr(error, "last_exception", error)  # of boto3's "Max Retries Exceeded"
             raise UserError(
-                f"{url}: cannot be fetched ({type(error).__name__}: {_first_line(error)}); "
+                f"{url}: cannot be fetched ({type(reason).__name__}: {_first_line(reason)}); "
                 "check the address, the credentials and the room in data.cache_folder"
             ) from error
 

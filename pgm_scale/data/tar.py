@@ -69,12 +69,13 @@ def read_tar(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.nd
 def _check_members(path: Path, chunks: int) -> None:
     """The archive's members must be exactly the ones that `write_tar` writes for so many chunks."""
     expected = [f"{chunk:06d}.{suffix}" for chunk in range(chunks) for suffix in (_TOKENS, _VALID_LENGTHS)]
+    found = 0
     with tarfile.open(path, "r:") as archive:
-        for number, member in enumerate(archive):
+        for member in archive:
             if not member.isreg():
                 raise ValueError(f"its member {member.name!r} is not a plain file")
-            if number >= len(expected) or member.name != expected[number]:
-                raise ValueError(f"its member {number} is {member.name!r}, which no token shard has there")
-        found = number + 1
+            if found >= len(expected) or member.name != expected[found]:
+                raise ValueError(f"its member {found} is {member.name!r}, which no token shard has there")
+            found += 1
     if found < len(expected):
         raise ValueError(f"it ends after {found} of {len(expected)} members")
