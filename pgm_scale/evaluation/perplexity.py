@@ -31,7 +31,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll_nats_per_token) if self.nll_nats_per_token < 700 else math.inf
+        return math.inf if self.nll_nats_per_token > 700 else math.exp(self.nll_nats_per_token)
 
     @property
     def perplexity_standard_error(self) -> float:

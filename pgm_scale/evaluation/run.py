@@ -1,0 +1,57 @@
+"""Evaluation of a finished or running run from its folder."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from pgm_scale.data.storage import SplitStorage
+from pgm_scale.evaluation.validation import VALIDATION_SEED, validate, validation_loader
+from pgm_scale.objectives import build_objective
+from pgm_scale.run_folder import check_fits_run, load_run
+
+
+def evaluate_run(
+    folder: str,
+    split: str | None,
+    sequences: int,
+    draws: int,
+    batch_sequences: int,
+    weights: Literal["ema", "weight"],
+) -> dict[str, Any]:
+    """Perplexity of a run's newest good checkpoint on a split, with all that tells the number apart.
+
+    Raises:
+        UserError: no checkpoint, or the split has another tokenizer, vocabulary or length than the run.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = load_run(folder, weights=weights, device=device)
+    storage = SplitStorage(split or run.config.data.validation, run.config.data.cache_folder)
+    check_fits_run(storage.manifest, run.identity, storage.split)
+    result = validate(
+        run.model,
+        build_objective(run.config.objective, run.identity.vocabulary),
+        validation_loader(storage),
+        sequences=sequences,
+        batch_sequences=batch_sequences,
+        device=device,
+        draws=draws,
+    )
+    return {
+        "run": str(folder),
+        "run_id": run.identity.run_id,
+        "step": run.step,
+        "weights": run.weights,
+        "split": storage.split,
+        "objective": run.config.objective.kind,
+        "seed": VALIDATION_SEED,
+        "draws": draws,
+        "precision": "fp32",
+        "sequences": result.sequences,
+        "tokens": result.tokens,
+        "nll_nats_per_token": result.nll_nats_per_token,
+        "nll_standard_error": result.standard_error,
+        "perplexity": result.perplexity,
+        "perplexity_standard_error": result.perplexity_standard_error,
+    }
