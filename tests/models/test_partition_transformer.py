@@ -89,7 +89,9 @@ def test_an_untrained_model_gives_zero_logits_and_passes_embeddings_through_its_
     inputs, _ = pack_groups(*draw_batch())
     assert (model(inputs) == 0).all()
     embedded = []
-    model.encoder.register_forward_hook(lambda _, arguments, output: embedded.extend([arguments[0], output]))
+    model.get_submodule("encoder").register_forward_hook(
+        lambda _, arguments, output: embedded.extend([arguments[0], output])
+    )
     model(inputs)
     assert torch.equal(*embedded)
 
