@@ -1,7 +1,22 @@
-"""The one error type that users see: a line saying what is wrong, where, and what to do."""
+"""The errors that users see: each is one line saying what is wrong, where, and what to do.
+
+The command line prints the message and exits with the error's `exit_code`; README lists the codes.
+"""
 
 
 class UserError(Exception):
-    """Bad input or environment. The command line prints its message and exits with `exit_code`."""
+    """Bad input or environment."""
 
     exit_code = 2
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not finite: no rank has updated its weights with it."""
+
+    exit_code = 3
+
+
+class Preempted(UserError):
+    """A signal asked the run to stop: it has saved a checkpoint and can be started again to go on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

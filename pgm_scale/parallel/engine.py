@@ -7,6 +7,7 @@ training state of this rank as flat views (`parallel.state`), which is all that 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 from collections.abc import Iterator
@@ -38,12 +39,15 @@ class Engine:
         self._clip_norm = config.optimizer.gradient_clip_norm
         # ZeRO-0 has no partition to hold fp32 master weights: keep fp32 weights and cast in the matmuls.
         self._autocast = config.training.precision == "bf16" and self.zero_stage == 0
+        # Before ZeRO-3 takes the parameters apart.
+        self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         model = model.to(mesh.device)
         optimizer = build_adamw(model.parameters(), config.optimizer, mesh.device)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self._deepspeed_config(config)
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self._deepspeed_config(config)
+            )
         self._optimizer = optimizer
         self.state: list[ParameterState] = find_state(self._engine, optimizer, self.zero_stage)
         self.gradient_norm = math.nan

@@ -152,8 +152,6 @@ def connect(launch: Launch) -> Mesh:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        # DeepSpeed asks once, at import; without it, it may pick an accelerator that is not there.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(
         RANK=str(launch.rank),
         WORLD_SIZE=str(launch.world_size),

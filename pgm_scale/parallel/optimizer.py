@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from pgm_scale.config import OptimizerConfig
 
 
-def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
+def apex_fused_adam() -> Any:
     """NVIDIA Apex's FusedAdam, or None. The package called `apex` in the public index is another project."""
     try:
         from apex.optimizers import FusedAdam
@@ -23,7 +24,7 @@ def build_adamw(
     parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW over one parameter group: Apex's on a GPU that has it, else torch's fused kernel."""
-    settings = {
+    settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.betas,
         "eps": config.epsilon,
@@ -41,10 +42,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    progress = min(1.0, progress)
-    if config.schedule == "linear":
-        shape = 1.0 - progress
-    else:
-        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    linear = 1.0 - progress
+    shape = linear if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.learning_rate * (config.final_ratio + (1.0 - config.final_ratio) * shape)

@@ -3,8 +3,8 @@
 `known_BL` says which tokens are given (-1: generate this one), so that unconditional sampling (only BOS at
 position 0 is known), prompting (a prefix is known) and infilling (anything is known) are the same call.
 
-A batch goes `sample` -> a sampler from `SAMPLERS` -> `decode.decode` (the shared loop; a plan says at which step
-each position is decoded) -> the model -> `categorical.TokenDraw` (its readout, which draws the tokens).
+A batch goes `sample` -> a sampler from `SAMPLERS` -> `decode.decode` (the shared loop; a plan says at which
+step each position is decoded) -> the model -> `categorical.TokenDraw` (its readout, which draws the tokens).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,13 @@ from pgm_scale.sampling.pgm_uniform import sample_uniform
 
 UNKNOWN = -1
 
-# `sampler.kind`: the model it samples from, and how.
+# `sampler.kind`: the model it samples from, and how. A model's first kind is its usual one.
 SAMPLERS: dict[str, tuple[type[nn.Module], Sampler]] = {
     "pgm_uniform": (PartitionTransformer, sample_uniform),
     "pgm_non_uniform": (PartitionTransformer, sample_non_uniform),
     "pgm_naive": (PartitionTransformer, sample_naive),
-    "ancestral": (DiffusionTransformer, sample_ancestral),
     "ancestral_cached": (DiffusionTransformer, sample_ancestral_cached),
+    "ancestral": (DiffusionTransformer, sample_ancestral),
     "analytic": (DiffusionTransformer, sample_analytic),
     "autoregressive": (AutoregressiveTransformer, sample_autoregressive),
 }
@@ -78,9 +78,9 @@ def sample(
 ) -> SampleResult:
     """Generate every unknown token of `known_BL`, `batch_sequences` rows at a time.
 
-    Row i is sample number `first_sample_number + i`. Its draws are a function of (seed, sample number, position)
-    alone, so the batch size and the rows beside it change its text only where two float32 logits that differ in
-    rounding fall on two sides of a uniform.
+    Row i is sample number `first_sample_number + i`. Its draws are a function of (seed, sample number,
+    position) alone, so its text does not depend on the batch size nor on the rows beside it (but where the
+    rounding of a matmul depends on its shape, and moves a boundary of the CDF past a uniform: one token in 1e6).
 
     Args:
         model: on `device`; put into eval mode for the call (no dropout) and given back as it was.
@@ -108,6 +108,14 @@ def sample(
     elapsed_s = time.perf_counter() - started_s
     tokens_BL = np.concatenate(finished)
     return SampleResult(tokens_BL, forward_passes, elapsed_s, float((known_BL < 0).sum() / elapsed_s))
+
+
+def fitting_sampler(config: SamplerConfig, model: nn.Module) -> SamplerConfig:
+    """`config`, or, when its kind is for another model, the same settings with the first kind that fits."""
+    if isinstance(model, SAMPLERS[config.kind][0]):
+        return config
+    kinds = [kind for kind, (needed, _) in SAMPLERS.items() if isinstance(model, needed)]
+    return replace(config, kind=kinds[0])  # type: ignore[arg-type]
 
 
 def known_prefixes(prompts: Sequence[Sequence[int]], length: int, bos_id: int) -> np.ndarray:
@@ -140,7 +148,7 @@ def _sampler_for(kind: str, model: nn.Module) -> Sampler:
 def _check_model(model: Any, vocabulary: Vocabulary, length: int) -> None:
     if model.vocab_size != vocabulary.size:
         raise UserError(
-            f"the model has {model.vocab_size} tokens and the vocabulary {vocabulary.size} (each with the mask); "
+            f"the model has {model.vocab_size} tokens and the vocabulary {vocabulary.size}, masks included; "
             "give the tokenizer that the model was trained with"
         )
     if length > model.length:

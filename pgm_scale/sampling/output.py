@@ -33,6 +33,37 @@ def to_text(tokens_BL: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     return tokenizer.decode_batch(tokens_BL.tolist(), skip_special_tokens=False)
 
 
+def render_samples(
+    tokens_BL: np.ndarray,
+    output_format: OutputFormat,
+    tokenizer: Tokenizer | None = None,
+    first_sample_number: int = 0,
+) -> bytes:
+    """Samples as the bytes of a file.
+
+    Formats: `text` puts a numbered heading before each sample; `jsonl` has one object a line with
+    `sample_number`, `text` (null without a tokenizer) and `tokens`; `npy` is int32 [B, L].
+
+    Raises:
+        UserError: `text` without a tokenizer.
+    """
+    if output_format == "npy":
+        array_file = io.BytesIO()
+        np.save(array_file, tokens_BL.astype(np.int32))
+        return array_file.getvalue()
+    if output_format == "text" and tokenizer is None:
+        raise UserError("cannot write text without a tokenizer; choose jsonl or npy")
+    texts = [None] * len(tokens_BL) if tokenizer is None else to_text(tokens_BL, tokenizer)
+    numbered = list(zip(range(first_sample_number, first_sample_number + len(tokens_BL)), texts, strict=True))
+    if output_format == "text":
+        return "".join(f"=== sample {number} ===\n{text}\n\n" for number, text in numbered).encode()
+    rows = [
+        {"sample_number": number, "text": text, "tokens": tokens_L}
+        for (number, text), tokens_L in zip(numbered, tokens_BL.tolist(), strict=True)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def write_samples(
     path: str | Path,
     tokens_BL: np.ndarray,
@@ -40,32 +71,13 @@ def write_samples(
     tokenizer: Tokenizer | None = None,
     first_sample_number: int = 0,
 ) -> None:
-    """Write samples so that the file is either whole or not there.
-
-    Formats: `text` puts a numbered heading before each sample; `jsonl` has one object a line with
-    `sample_number`, `text` (null without a tokenizer) and `tokens`; `npy` is int32 [B, L].
+    """Write `render_samples` so that the file is either whole or not there.
 
     Raises:
         UserError: `text` without a tokenizer, or the file cannot be written.
     """
-    path = Path(path)
-    if output_format == "text" and tokenizer is None:
-        raise UserError(f"cannot write {path} as text without a tokenizer; choose jsonl or npy")
-    texts = [None] * len(tokens_BL) if tokenizer is None else to_text(tokens_BL, tokenizer)
-    numbered = list(zip(range(first_sample_number, first_sample_number + len(tokens_BL)), texts, strict=True))
-    if output_format == "npy":
-        array_file = io.BytesIO()
-        np.save(array_file, tokens_BL.astype(np.int32))
-        content = array_file.getvalue()
-    elif output_format == "text":
-        content = "".join(f"=== sample {number} ===\n{text}\n\n" for number, text in numbered).encode()
-    else:
-        rows = [
-            {"sample_number": number, "text": text, "tokens": tokens_L}
-            for (number, text), tokens_L in zip(numbered, tokens_BL.tolist(), strict=True)
-        ]
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    content = render_samples(tokens_BL, output_format, tokenizer, first_sample_number)
     try:
-        write_whole(path, content)
+        write_whole(Path(path), content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another path") from None

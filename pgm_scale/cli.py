@@ -1,0 +1,233 @@
+"""`pgm-scale`: one command, a thin face over the library. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from pgm_scale.errors import UserError
+
+_EPILOG = """exit codes: 0 done; 1 a bug of ours (with a traceback); 2 bad input; 3 a loss or gradient that is
+not finite; 75 stopped by a signal after saving, run the same command to go on; 130 interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a `UserError` becomes its one message on stderr and its exit code."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        options.run(options)
+    except UserError as error:
+        rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+        print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pgm-scale",
+        description="Pretrain, evaluate and sample Partition Generative Models and their baselines.",
+        epilog=_EPILOG,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_prepare(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_sample(commands)
+    _add_config(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", nargs="?" if optional else None, help="run configuration"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="SECTION.KEY=VALUE",
+        nargs="*",
+        help="set a key over the file, for example training.steps=1000 model.size=pgm-8-8-768",
+    )
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    from data_prep import cli as preparation
+
+    preparation.add_arguments(commands)
+    commands.choices["prepare"].set_defaults(run=preparation.run)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model, or go on training it",
+        description="Train the run of a configuration, or go on from its newest good checkpoint. The same "
+        "command works alone, under torchrun (torchrun --nproc-per-node 8 -m pgm_scale.cli train ...) and "
+        "under a bare srun with one task per GPU.",
+    )
+    _add_config_arguments(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pgm_scale import config as configuration
+    from pgm_scale.parallel.mesh import find_launch
+
+    config, launch = configuration.load(options.config, options.overrides), find_launch()
+    from pgm_scale.training.loop import train
+
+    train(config, launch)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="validation perplexity of a run",
+        description="Perplexity bound (exact for autoregressive models) with its standard error, with fixed "
+        "draws, of the newest good checkpoint. Prints a line and, with --json, writes a record.",
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    parser.add_argument("--split", help="split folder to score (default: the run's validation split)")
+    parser.add_argument("--sequences", type=_positive, default=2048, help="at most this many (default 2048)")
+    parser.add_argument(
+        "--draws", type=_positive, default=1, help="draws of time and mask a sequence (default 1)"
+    )
+    parser.add_argument("--batch", type=_positive, default=32, help="sequences a forward pass (default 32)")
+    _add_weights_argument(parser)
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from pgm_scale.evaluation.run import evaluate_run
+    from pgm_scale.files import atomic_write_bytes
+
+    result = evaluate_run(
+        options.run_folder, options.split, options.sequences, options.draws, options.batch, options.weights
+    )
+    print(
+        f"{result['split']}: perplexity {result['perplexity']:.3f} +- {result['perplexity_standard_error']:.3f} "
+        f"({result['nll_nats_per_token']:.4f} nats/token, {result['sequences']} sequences, "
+        f"{result['draws']} draw(s), step {result['step']}, {result['weights']} weights)"
+    )
+    if options.json:
+        atomic_write_bytes(Path(options.json), (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="generate text with a run's model",
+        description="Generate from the newest good checkpoint: freely, after a prompt, or around given text. "
+        "The same seed gives the same samples at any --batch.",
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--prompt", action="append", help="text to go on from; give it again for more prompts")
+    known.add_argument(
+        "--infill",
+        metavar="TEMPLATE",
+        help="text in which {N} stands for N tokens to generate, for example 'Return the {4} of a list.'",
+    )
+    known.add_argument("--known", metavar="FILE.npy", help="int array [rows, length], -1 where to generate")
+    parser.add_argument("--count", type=_positive, default=1, help="samples, or samples a prompt (default 1)")
+    parser.add_argument("--sampler", help="kind of sampler (default: the run's); 'list' prints the kinds")
+    parser.add_argument("--steps", type=_positive, help="decoding steps (default: the run's)")
+    parser.add_argument("--temperature", type=float, help="divides the logits")
+    parser.add_argument("--top-p", type=float, help="nucleus: smallest set of tokens with this probability")
+    parser.add_argument("--top-k", type=int, help="only the k most likely tokens")
+    parser.add_argument("--seed", type=int, default=1, help="(default 1)")
+    parser.add_argument("--batch", type=_positive, default=32, help="samples a forward pass (default 32)")
+    parser.add_argument("--format", choices=("text", "jsonl", "npy"), default="text", help="(default text)")
+    parser.add_argument("--out", metavar="FILE", help="write here instead of printing (needed for npy)")
+    _add_weights_argument(parser)
+    parser.set_defaults(run=_sample)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from pgm_scale.sampling.run import SampleRequest, print_kinds, sample_run
+
+    if options.sampler == "list":
+        print_kinds()
+        return
+    request = SampleRequest(
+        prompts=options.prompt,
+        template=options.infill,
+        known_path=options.known,
+        count=options.count,
+        kind=options.sampler,
+        steps=options.steps,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        batch_sequences=options.batch,
+        output_format=options.format,
+        output_path=options.out,
+        weights=options.weights,
+    )
+    sample_run(options.run_folder, request)
+
+
+def _add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", choices=("ema", "weight"), default="ema", help="averaged or raw weights (default ema)"
+    )
+
+
+def _add_config(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "config",
+        help="print the resolved configuration",
+        description="Read a configuration, apply overrides, check everything, print it whole as YAML.",
+    )
+    _add_config_arguments(parser)
+    parser.set_defaults(run=_print_config)
+
+
+def _print_config(options: argparse.Namespace) -> None:
+    from pgm_scale import config as configuration
+
+    print(configuration.to_yaml(configuration.load(options.config, options.overrides)), end="")
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine, and a configuration's data and folders",
+        description="Versions, devices, NVIDIA Apex or its fallback, and, under a launcher, the rank map. With a "
+        "configuration: hashes of all shards and room in the run folder. Exit code 2 if something is wrong.",
+    )
+    _add_config_arguments(parser, optional=True)
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from pgm_scale.doctor import examine
+
+    examine(options.config, options.overrides)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

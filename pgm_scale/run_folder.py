@@ -1,0 +1,214 @@
+"""A run folder: what lies where in it, what the run is, and how its trained model is loaded for use.
+
+    <run>/config.yaml         the resolved configuration
+    <run>/run.json            identity: run id, vocabulary, length, fingerprints of tokenizer and training data
+    <run>/tokenizer.json      the data set's tokenizer
+    <run>/metrics.jsonl       one JSON object a logged step
+    <run>/samples/            text generated at validations
+    <run>/checkpoints/        see `pgm_scale.checkpoint.store`
+
+Loading a model here imports neither deepspeed nor megatron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pgm_scale import config as configuration
+from pgm_scale.checkpoint.store import CheckpointStore
+from pgm_scale.config import RunConfig
+from pgm_scale.data.manifest import DatasetManifest, Vocabulary
+from pgm_scale.errors import UserError
+from pgm_scale.files import atomic_write_bytes
+from pgm_scale.models import build_model
+
+# A resumed run must agree with itself in these; the rest may change between sessions.
+_FIXED_SECTIONS = ("model", "objective", "optimizer")
+_FIXED_KEYS = (
+    ("training", "global_batch_sequences"),
+    ("training", "precision"),
+    ("training", "seed"),
+    ("training", "ema_decay"),
+    ("data", "shuffle_block_shards"),
+)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is besides its configuration; equal for its whole life."""
+
+    run_id: str
+    vocabulary: Vocabulary
+    length_tokens: int
+    tokenizer_sha256: str
+    train_shards_sha256: str
+
+    @classmethod
+    def new(cls, train: DatasetManifest) -> RunIdentity:
+        shards = json.dumps([(shard.name, shard.rows, shard.sha256) for shard in train.shards])
+        return cls(
+            uuid.uuid4().hex[:12],
+            train.vocabulary,
+            train.length_tokens,
+            train.tokenizer_sha256,
+            hashlib.sha256(shards.encode()).hexdigest(),
+        )
+
+
+class RunFolder:
+    """The places in a run folder, and its two descriptions."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.identity_path = self.path / "run.json"
+        self.tokenizer_path = self.path / "tokenizer.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples"
+
+    def create_or_match(self, config: RunConfig, train: DatasetManifest, tokenizer_path: Path) -> RunIdentity:
+        """Describe a new run, or see that `config` and the data go on with the run that is there.
+
+        Raises:
+            UserError: a setting that a run must keep, or the data, differs: the differences are listed.
+        """
+        identity = RunIdentity.new(train)
+        if self.identity_path.exists():
+            stored = self.identity()
+            problems = _config_differences(self.config(), config)
+            problems += _identity_differences(stored, identity)
+            if problems:
+                raise UserError(
+                    f"{self.path} holds a run that this configuration does not continue:\n  "
+                    + "\n  ".join(problems)
+                    + "\n  put these back, or train in a new folder"
+                )
+            identity = stored
+        else:
+            shutil.copyfile(tokenizer_path, self.tokenizer_path)
+            content = json.dumps(dataclasses.asdict(identity), indent=2) + "\n"
+            atomic_write_bytes(self.identity_path, content.encode())
+        atomic_write_bytes(self.config_path, configuration.to_yaml(config).encode())
+        return identity
+
+    def config(self) -> RunConfig:
+        if not self.config_path.exists():
+            raise UserError(
+                f"{self.path} is not a run folder (no config.yaml in it); give the folder of a run"
+            )
+        return configuration.load(self.config_path)
+
+    def identity(self) -> RunIdentity:
+        try:
+            tree = json.loads(self.identity_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.identity_path} ({error}); give the folder of a run") from None
+        problems: list[str] = []
+        identity = configuration.parse(RunIdentity, tree, problems)
+        if problems:
+            raise UserError(f"{self.identity_path} is damaged: {'; '.join(problems)}; restore it")
+        return identity
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, child in tree.items() for k, v in _flatten(child, f"{prefix}.{key}").items()}
+    return {prefix.removeprefix("."): tree}
+
+
+def _config_differences(stored: RunConfig, given: RunConfig) -> list[str]:
+    def fixed(config: RunConfig) -> dict[str, Any]:
+        tree = configuration.to_mapping(config)
+        values = _flatten({section: tree[section] for section in _FIXED_SECTIONS})
+        return values | {f"{section}.{key}": tree[section][key] for section, key in _FIXED_KEYS}
+
+    was, now = fixed(stored), fixed(given)
+    return [
+        f"{key}: the run has {was.get(key)!r}, now it is {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _identity_differences(stored: RunIdentity, given: RunIdentity) -> list[str]:
+    names = {
+        "vocabulary": "vocabulary",
+        "length_tokens": "sequence length",
+        "tokenizer_sha256": "tokenizer",
+        "train_shards_sha256": "training shards",
+    }
+    return [
+        f"data.train: the {label} differs: the run has {getattr(stored, key)}, now it is {getattr(given, key)}"
+        for key, label in names.items()
+        if getattr(stored, key) != getattr(given, key)
+    ]
+
+
+def check_fits_run(manifest: DatasetManifest, identity: RunIdentity, where: str) -> None:
+    """Refuse to read a split with a model that was trained on other token ids."""
+    lines = [
+        f"{label}: the run has {mine}, the split has {theirs}"
+        for label, mine, theirs in (
+            ("tokenizer", identity.tokenizer_sha256, manifest.tokenizer_sha256),
+            ("vocabulary", identity.vocabulary, manifest.vocabulary),
+            ("sequence length", identity.length_tokens, manifest.length_tokens),
+        )
+        if mine != theirs
+    ]
+    if lines:
+        raise UserError(f"{where} does not fit the run:\n  " + "\n  ".join(lines))
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model, ready to sample from or to evaluate, and what belongs to it."""
+
+    model: nn.Module
+    config: RunConfig
+    identity: RunIdentity
+    tokenizer_path: Path
+    step: int
+    weights: str
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    weights: Literal["ema", "weight"] = "ema",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LoadedRun:
+    """Load the newest good checkpoint of a run; `ema` falls back to the weights of a run without an average.
+
+    Raises:
+        UserError: no run, no checkpoint, or one that does not fit its own configuration.
+    """
+    run = RunFolder(folder)
+    config, identity = run.config(), run.identity()
+    store = CheckpointStore(run.path)
+    step = store.newest_verified(repair=False)
+    if step is None:
+        raise UserError(f"{run.path} has no checkpoint yet; train it first (pgm-scale train)")
+    kind: Literal["ema", "weight"] = weights if weights in store.kinds(step) else "weight"
+    model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
+    tensors = store.read_full(step, kind)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise UserError(f"checkpoint {step} of {run.path} does not fit its configuration: {', '.join(wrong)}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    model.eval().requires_grad_(False)
+    return LoadedRun(model.to(device, dtype), config, identity, run.tokenizer_path, step, kind)

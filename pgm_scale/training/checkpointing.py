@@ -1,0 +1,99 @@
+"""From the engine's live fp32 state to the checkpoint store and back, whatever the layout was or is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pgm_scale.checkpoint.fragments import Fragment, Kind
+from pgm_scale.checkpoint.store import CheckpointStore
+from pgm_scale.parallel.engine import Engine
+from pgm_scale.parallel.state import ParameterState
+from pgm_scale.training.ema import ExponentialMovingAverage
+
+
+class Checkpointer:
+    """Saves and restores weights, Adam moments and EMA; `step` counts finished updates.
+
+    Everything else that a run needs to go on is a function of the step: order, draws, dropout, learning rate.
+    """
+
+    def __init__(self, store: CheckpointStore, engine: Engine, ema: ExponentialMovingAverage | None) -> None:
+        self.store = store
+        self.engine = engine
+        self.ema = ema
+        self.seconds = 0.0  # spent in saves since it was last set to 0
+
+    def save(self, step: int, state: dict[str, Any]) -> bool:
+        """Collective. False when this step had been saved before."""
+        start_s = time.perf_counter()
+        ema_updates = self.ema.updates if self.ema is not None else 0
+        saved = self.store.save(
+            step, self._owned_fragments(), {**state, "step": step, "ema_updates": ema_updates}
+        )
+        self.seconds += time.perf_counter() - start_s
+        return saved
+
+    def restore(self, step: int) -> dict[str, Any]:
+        """Collective: load a verified step into the engine and the EMA, and return its state.
+
+        Raises:
+            UserError: names or shapes of the checkpoint differ from the model's: all are listed.
+        """
+        entries, shapes = self.engine.state, self.engine.parameter_shapes
+        held = {entry.name: entry for entry in entries}
+        kinds: list[Kind] = ["weight", "exp_avg", "exp_avg_sq"]
+        if self.ema is not None and "ema" in self.store.kinds(step):
+            kinds.append("ema")
+        wanted = {
+            (kind, name): (
+                shape,
+                [(held[name].start, held[name].weight.numel())] if name in held else [],
+            )
+            for kind in kinds
+            for name, shape in shapes.items()
+        }
+        values = self.store.read(step, wanted)
+        state = self.store.state(step)
+        with torch.no_grad():
+            for index, entry in enumerate(entries):
+                for kind, target in self._targets(index).items():
+                    source = kind if kind in kinds else "weight"
+                    target.copy_(values[source, entry.name][0])
+                entry.step.fill_(state["step"])
+        if self.ema is not None:
+            self.ema.updates = state["ema_updates"]
+        self.engine.refresh_weights()
+        return state
+
+    def _targets(self, index: int) -> dict[Kind, torch.Tensor]:
+        entry = self.engine.state[index]
+        targets: dict[Kind, torch.Tensor] = {
+            "weight": entry.weight,
+            "exp_avg": entry.exp_avg,
+            "exp_avg_sq": entry.exp_avg_sq,
+        }
+        if self.ema is not None:
+            targets["ema"] = self.ema.values[index]
+        return targets
+
+    def _owned_fragments(self) -> Iterator[tuple[Kind, Fragment]]:
+        for index, entry in enumerate(self.engine.state):
+            for kind, values in self._targets(index).items():
+                first, last = self._owned_range(entry)
+                if last > first:
+                    yield (
+                        kind,
+                        Fragment(entry.name, entry.global_shape, entry.start + first, values[first:last]),
+                    )
+
+    def _owned_range(self, entry: ParameterState) -> tuple[int, int]:
+        """What this rank writes of a range that all ranks hold: an even share, so that all disks work."""
+        count = entry.weight.numel()
+        if not entry.replicated:
+            return 0, count
+        rank, ranks = self.engine.mesh.data_rank, self.engine.mesh.data_ranks
+        return rank * count // ranks, (rank + 1) * count // ranks

@@ -1,0 +1,130 @@
+"""What a run reports: a JSON object a logged step, console lines or a live bar, and the tracker."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Dense bf16 FLOP/s from NVIDIA's data sheets; MFU is reported only where the peak is known.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of a known GPU, None elsewhere."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak allocated on this GPU, or the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class MetricsFile:
+    """`metrics.jsonl`: appended and flushed record by record, cut back to the checkpoint on a resume."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Drop records after `first_step` finished steps: the resumed run will write them again."""
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= first_step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
+                    continue  # the last line of a killed run may be cut
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(finite(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """Containers with None in the place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Throughput:
+    """Tokens and seconds since the last record, without the time of validations and saves."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start_s = time.perf_counter()
+        self._paused_s = 0.0
+        self.tokens = 0
+
+    def exclude(self, seconds: float) -> None:
+        self._paused_s += seconds
+
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(1e-9, time.perf_counter() - self._start_s - self._paused_s)
+
+
+class ConsoleReport:
+    """A live bar on a terminal, a line a record elsewhere; silent on all ranks but the first."""
+
+    def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
+        self._enabled = enabled
+        self._console = Console(stderr=True)
+        self._live = enabled and sys.stderr.isatty()
+        self._total_steps = total_steps
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[report]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=first_step, report="")
+        self._progress.start()
+
+    def step(self, step: int) -> None:
+        if self._live:
+            self._progress.update(self._task, completed=step)
+
+    def record(self, record: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        text = (
+            f"loss {record['loss_mean']:.3f}  grad {record['gradient_norm']:.2f}  "
+            f"{record['tokens_per_second']:,.0f} tok/s"
+        )
+        if record["mfu"] is not None:
+            text += f"  MFU {record['mfu']:.1%}"
+        if self._live:
+            self._progress.update(self._task, report=text)
+        else:
+            self.say(f"step {record['step']}/{self._total_steps}  {text}")
+
+    def say(self, line: str) -> None:
+        if self._enabled:
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,106 @@
+"""One training step: the micro-batches' gradients, the agreement of all ranks, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pgm_scale.config import RunConfig
+from pgm_scale.data.batch import TokenBatch
+from pgm_scale.errors import NonFiniteError
+from pgm_scale.objectives.base import DrawSpec, LossTerms, Objective
+from pgm_scale.parallel.engine import Engine
+from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.parallel.optimizer import learning_rate
+from pgm_scale.training.ema import ExponentialMovingAverage
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the reading thread prepares: an objective's inputs on the host, and what they count for."""
+
+    inputs: Any
+    scored_tokens: int
+    sample_numbers_B: np.ndarray
+
+
+def prepare_micro_batch(objective: Objective, batch: TokenBatch, draws: DrawSpec) -> MicroBatch:
+    return MicroBatch(
+        objective.training_inputs(batch, draws),
+        int(objective.scored_tokens(batch).sum()),
+        batch.sample_numbers_B,
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global values of one step, equal on all ranks, and this rank's terms for the log."""
+
+    loss: float
+    scored_tokens: int
+    gradient_norm: float
+    learning_rate: float
+    stop_requested: bool
+    terms: list[LossTerms]
+
+
+def training_step(
+    step: int,
+    engine: Engine,
+    objective: Objective,
+    micro_batches: Iterator[MicroBatch],
+    ema: ExponentialMovingAverage | None,
+    config: RunConfig,
+    mesh: Mesh,
+    stop_requested: bool,
+) -> StepResult:
+    """Update the weights with the mean loss over the scored tokens of the global batch.
+
+    Raises:
+        NonFiniteError: on every rank, naming the step, the ranks and their samples; no weight has changed.
+    """
+    batches = [next(micro_batches) for _ in range(engine.micro_steps)]
+    scored_tokens = float(mesh.sum(np.array([sum(b.scored_tokens for b in batches)], np.float64))[0])
+
+    loss, kept = 0.0, []
+    for micro_step, batch in enumerate(batches):
+        seed_dropout(config.training.seed, step, micro_step, mesh.data_rank)
+        terms = objective.terms(engine, batch.inputs.to(mesh.device))
+        share = terms.loss_S.sum() / scored_tokens
+        engine.backward(share)
+        loss += float(share.detach())
+        kept.append(terms)
+
+    agreed = mesh.sum(np.array([loss, not math.isfinite(loss), stop_requested], np.float64))
+    if agreed[1]:
+        _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)
+    rate = learning_rate(config.optimizer, step, config.training.steps)
+    if not engine.step(rate):
+        _refuse_non_finite("gradient norm", step, True, batches, mesh)
+    if ema is not None:
+        ema.update()
+    return StepResult(float(agreed[0]), int(scored_tokens), engine.gradient_norm, rate, bool(agreed[2]), kept)
+
+
+def seed_dropout(seed: int, step: int, micro_step: int, data_rank: int) -> None:
+    """Dropout is a function of (seed, step, micro-batch, rank), so a resume needs no generator's state."""
+    words = np.random.SeedSequence([seed, step, micro_step, data_rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]) >> 1)
+
+
+def _refuse_non_finite(
+    what: str, step: int, finite_here: bool, batches: list[MicroBatch], mesh: Mesh
+) -> None:
+    first, last = batches[0].sample_numbers_B[0], batches[-1].sample_numbers_B[-1]
+    reports = mesh.gather(None if finite_here else f"rank {mesh.rank} (samples {first} to {last})")
+    named = [report for report in reports if report is not None]
+    where = ", ".join(named) if named else f"all ranks (samples from {first})"
+    raise NonFiniteError(
+        f"{what} is not finite at step {step} on {where}; no weights were changed by it and the last "
+        "checkpoint stands: look at these samples, or lower optimizer.learning_rate"
+    )
