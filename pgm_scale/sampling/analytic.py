@@ -1,7 +1,7 @@
 """SEDD's analytic (Tweedie) sampler for the absorbing state (FACTS 4; arXiv 2310.16834, section 4.2).
 
-With the scores of a masked diffusion model the joint law works out as that of ancestral sampling: a masked token
-stays with (1 - alpha_s) / (1 - alpha_t), and an opened one never changes. It is written in the form of the
+With the scores of a masked diffusion model the joint law works out as that of ancestral sampling: a masked
+token stays with (1 - alpha_s) / (1 - alpha_t), and an opened one never changes. It is written in the form of the
 scores, and draws at every masked position at every step, as an independent check of the ancestral samplers.
 """
 
@@ -24,11 +24,11 @@ _SCHEDULE = LogLinearSchedule()
 
 @dataclass(frozen=True)
 class AnalyticWeights:
-    """Weights of the next state of a masked token, the mask included, going from noise `sigma` down by `delta`.
+    """Weights of a masked token's next state, the mask among them, going from noise `sigma` down by `delta`.
 
     The score of token y is alpha / (1 - alpha) p_theta(y), that of the mask is 1. The staggered score is
-    e^delta score, plus (1 - e^delta) sum(score) at the mask; it is multiplied by the transition
-    (1 - e^-delta everywhere, plus e^-delta at the mask).
+    e^delta score, plus (1 - e^delta) sum(score) at the mask; it is multiplied by the transition, 1 - e^-delta
+    everywhere plus e^-delta at the mask.
     """
 
     rules: TokenRules

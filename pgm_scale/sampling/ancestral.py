@@ -1,9 +1,9 @@
 """MDLM's ancestral sampler on full-length inputs (FACTS 4), with and without the cache.
 
 Going from time t to s, ancestral sampling opens each masked position independently with probability
-(alpha_s - alpha_t) / (1 - alpha_t), and draws its token from p_theta. Whether a position opens never depends on
-the tokens, so one uniform a position decides its step at the start, and logits are made only where a token is
-drawn: the law is the same, and the cost of drawing falls from L to the opened positions.
+(alpha_s - alpha_t) / (1 - alpha_t), and draws its token from p_theta. Whether a position opens never depends
+on the tokens, so one uniform a position decides its step at the start, and logits are made only where a token
+is drawn: the law is the same, and the cost of drawing falls from L to the opened positions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _SCHEDULE = LogLinearSchedule()
 
 
 def sample_ancestral(model: nn.Module, batch: SamplingBatch) -> tuple[torch.Tensor, int]:
-    """One forward pass a step, as published, even where nothing opens: `sampler.steps` passes, and one more for
-    the tokens that stay masked to the end (1e-5 of them)."""
+    """One forward pass a step, as published, even where nothing opens.
+
+    These are `sampler.steps` passes, and one more if a token (1e-5 of them) is still masked at the end.
+    """
     return decode(model, predict_full_length, batch, opening_steps(batch), idle_steps=batch.config.steps)
 
 
@@ -42,8 +44,8 @@ def time_grid(steps: int) -> np.ndarray:
 def opening_steps(batch: SamplingBatch) -> np.ndarray:
     """The step at which ancestral sampling opens each position, int64 [B, L]; -1 where the token is known.
 
-    A position is still masked after step k with probability prod_j (1 - alpha_{t_j+1}) / (1 - alpha_{t_j}), which
-    telescopes to (1 - alpha_{t_k+1}) / (1 - alpha_1): its step comes from inverting that with one uniform. What
+    A position is still masked after step k with probability prod_j (1 - alpha_{t_j+1}) / (1 - alpha_{t_j}),
+    which telescopes to (1 - alpha_{t_k+1}) / (1 - alpha_1): inverting that with one uniform gives its step. What
     is masked at the end of the grid opens in step number `steps`, the published "noise removal".
     """
     masked_K = _SCHEDULE.mask_probability(time_grid(batch.config.steps))
@@ -53,7 +55,7 @@ def opening_steps(batch: SamplingBatch) -> np.ndarray:
 
 
 def predict_full_length(model: nn.Module, batch: SamplingBatch, step: DecodingStep) -> torch.Tensor:
-    """A `Predict` for `DiffusionTransformer`: all L positions go through the model, masked ones as the mask."""
+    """A `Predict` for `DiffusionTransformer`: all L positions go through the model."""
     draw = batch.draw(step.uniforms_Q, np.flatnonzero(step.target_BL))
     sigma = _SCHEDULE.sigma(float(time_grid(batch.config.steps)[step.number]))
     return model(step.tokens_BL, sigma_batch(sigma, step.tokens_BL), readout=draw)

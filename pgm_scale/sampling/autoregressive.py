@@ -15,8 +15,8 @@ from pgm_scale.sampling.batch import SamplingBatch
 def sample_autoregressive(model: nn.Module, batch: SamplingBatch) -> tuple[torch.Tensor, int]:
     """One token of every row a forward pass, from the end of the shortest prefix on.
 
-    Prefixes may differ in length: a row takes part from the start and keeps what it knows, so the rows of a batch
-    stay in step and share one cache. `sampler.steps` has no effect.
+    Prefixes may differ in length: a row takes part from the start and keeps what it knows, so the rows of a
+    batch stay in step and share one cache. `sampler.steps` has no effect.
 
     Raises:
         UserError: a row does not start with a known token, or knows one beyond its prefix.
@@ -33,7 +33,7 @@ def sample_autoregressive(model: nn.Module, batch: SamplingBatch) -> tuple[torch
     for position in range(first, length):
         new_BL = tokens_BL[:, seen:position]
         last_rows_B = np.arange(1, rows + 1) * new_BL.shape[1] - 1
-        draw = batch.draw(uniforms_BL[:, position].copy(), last_rows_B)
+        draw = batch.draw(uniforms_BL[:, position], last_rows_B)
         drawn_B = autoregressive(new_BL, readout=draw, cache=cache)
         tokens_BL[:, position] = torch.where(unknown_BL[:, position], drawn_B, tokens_BL[:, position])
         seen = position

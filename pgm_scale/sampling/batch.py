@@ -21,7 +21,7 @@ class SamplingBatch:
 
     Attributes:
         known_BL: int64 token ids, -1 where a token is to be generated.
-        sample_numbers_B: int64; with the seed they key every random draw of a row, so that a row's text does not
+        sample_numbers_B: int64; with the seed they key every random draw of a row, so that its text does not
             depend on the rows beside it.
     """
 

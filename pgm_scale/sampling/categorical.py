@@ -42,7 +42,7 @@ class TokenRules:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
             raise UserError(
-                f"sampler.temperature {self.temperature} must be above 0; for greedy tokens set sampler.top_k=1"
+                f"sampler.temperature {self.temperature} must be above 0; for greedy text set sampler.top_k=1"
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampler.top_p {self.top_p} must be in (0, 1]; 1 turns it off")
@@ -74,7 +74,7 @@ class TokenRules:
 
 
 def _nucleus(weights_QV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero what lies outside the nucleus. The stable sort makes equal tokens leave from the highest id down."""
+    """Zero what lies outside the nucleus; by the stable sort, equal tokens leave from the highest id down."""
     sorted_QV, order_QV = weights_QV.sort(dim=-1, descending=True, stable=True)
     cumulative_QV = sorted_QV.cumsum(dim=-1)
     before_QV = cumulative_QV - sorted_QV  # mass of the likelier tokens: below p means p is not crossed yet

@@ -1,4 +1,4 @@
-"""The loop that the masked samplers share: at each step one forward pass, and tokens for that step's positions.
+"""The loop that the masked samplers share: at each step one forward pass, and tokens for its positions.
 
 When a position is decoded never depends on the tokens, so a sampler is a plan (the step of each position) and a
 way to predict (which model, on which inputs).
@@ -46,8 +46,8 @@ def decode(
 
     Args:
         step_BL: int64, the step at which a position is decoded; -1 where the token is known.
-        idle_steps: the first steps whose forward pass is made on all rows, whatever it decodes. From there on a
-            row takes part only in steps that decode some of its tokens.
+        idle_steps: so many first steps make their forward pass on all rows, whatever they decode. From there
+            on a row takes part only in the steps that decode some of its tokens.
 
     Returns:
         tokens int64 [B, L] on the device, and the number of forward passes.

@@ -1,7 +1,7 @@
 """PGM sampled as MDLM is: full-length inputs, the masked tokens being group 1 (FACTS 4, "PGM naive").
 
-It costs as much as MDLM and gives the tokens that the non-uniform sampler gives: the slow reference of the packed
-samplers.
+It costs as much as MDLM and gives the tokens that the non-uniform sampler gives: the slow reference of the
+packed samplers.
 """
 
 from __future__ import annotations
@@ -42,6 +42,6 @@ def predict_by_groups(model: nn.Module, batch: SamplingBatch, step: DecodingStep
         query_positions_Q=batch.on_device(query_order_BL.reshape(-1)),
         query_segments=Segments.of(tuple(query_lengths_S.tolist()), batch.device),
     )
-    # The sort is stable, so the targets of a row are met in increasing position, as `Predict` must return them.
+    # The sort is stable, so a row's targets are met in increasing position, as `Predict` must return them.
     target_rows_Q = np.flatnonzero(np.take_along_axis(step.target_BL, query_order_BL, axis=1))
     return model(inputs, readout=batch.draw(step.uniforms_Q, target_rows_Q))

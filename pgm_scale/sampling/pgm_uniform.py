@@ -19,9 +19,9 @@ def sample_uniform(model: nn.Module, batch: SamplingBatch) -> tuple[torch.Tensor
 def equal_steps(batch: SamplingBatch) -> np.ndarray:
     """The step at which each position is decoded, int64 [B, L]; -1 where the token is known.
 
-    Each row puts its U unknown positions in random order and cuts that order into min(steps, U) runs whose sizes
-    differ by at most one. No step is empty, and `steps` need not divide U: the published sampler needs that, and
-    spends a forward pass on nothing when the two are equal (FACTS 8.8).
+    Each row puts its U unknown positions in random order and cuts that order into min(steps, U) runs whose
+    sizes differ by at most one. No step is empty, and `steps` need not divide U: the published sampler needs
+    that, and spends a forward pass on nothing when it decodes one token a step (FACTS 8.8).
     """
     unknown_BL = batch.unknown_BL
     order_BL = np.argsort(np.where(unknown_BL, batch.uniforms_BL("order"), 2.0), axis=1, kind="stable")

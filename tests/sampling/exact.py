@@ -11,6 +11,7 @@ from torch import nn
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.models.dit import DiffusionTransformer
 from pgm_scale.models.partition_transformer import PartitionTransformer
+from pgm_scale.models.readout import logits
 from pgm_scale.sampling.ancestral import time_grid
 
 LENGTH = 4
@@ -53,7 +54,7 @@ class ExactPartition(PartitionTransformer):
         self.table = torch.from_numpy(conditionals(joint)).log().float()
         self.places = torch.from_numpy(_PLACES)
 
-    def forward(self, inputs, readout):
+    def forward(self, inputs, readout=logits):
         keys, queries = inputs.segments, inputs.query_segments
         state_S = torch.full((keys.count,), int(MASK * _PLACES.sum()))
         state_S.index_add_(0, keys.ids_T, (inputs.tokens_T - MASK) * self.places[inputs.positions_T])
@@ -69,12 +70,12 @@ class ExactDiffusion(DiffusionTransformer):
         self.table = torch.from_numpy(conditionals(joint)).log().float()
         self.places = torch.from_numpy(_PLACES)
 
-    def forward(self, tokens_BL, sigma_B, readout):
+    def forward(self, tokens_BL, sigma_B=None, readout=logits):
         return readout(self.table[(tokens_BL * self.places).sum(dim=1)], nn.Identity())
 
 
 def ancestral_law(joint: np.ndarray, start: tuple[int, ...], steps: int) -> np.ndarray:
-    """Exact law of K-step ancestral sampling over `sequences()`: K transitions of the chain of all 256 states.
+    """Exact law of K-step ancestral sampling over `sequences()`: K transitions of a chain over all states.
 
     At each step a masked position opens independently with probability (t - s) / t and draws its conditional;
     what is masked in the end is drawn in one go. With few steps this is not the joint distribution.
