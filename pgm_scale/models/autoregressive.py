@@ -15,7 +15,7 @@ from pgm_scale.models.readout import Readout, logits
 
 
 class KeyValueCache:
-    """Rotated keys and values of the tokens seen so far, in memory for the whole length.
+    """Rotated keys and values of the tokens seen so far, in memory for the whole length; for use without grad.
 
     Attributes:
         length_tokens: how many tokens of each sequence are in it, the same for all blocks.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pgm_scale.models import build_model
+from pgm_scale.models import build_model, segments
 from pgm_scale.models.partition_transformer import PartitionInputs
 from pgm_scale.models.readout import TokenNLL
 from pgm_scale.models.segments import Segments
@@ -23,7 +23,11 @@ def draw_batch(empty_groups=True):
 @pytest.mark.parametrize("query", QUERY_MODES)
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("empty_groups", [True, False])
-def test_packed_training_equals_dense_masks(query, processor, empty_groups):
+@pytest.mark.parametrize("max_masked_pair_tokens", [0, LENGTH])
+def test_packed_training_equals_dense_masks(
+    monkeypatch, query, processor, empty_groups, max_masked_pair_tokens
+):
+    monkeypatch.setattr(segments, "MAX_MASKED_PAIR_TOKENS", max_masked_pair_tokens)
     config = partition_config(query, processor)
     model = randomised(config)
     tokens_BL, groups_BL = draw_batch(empty_groups)
@@ -41,7 +45,11 @@ def test_packed_training_equals_dense_masks(query, processor, empty_groups):
 
 
 @pytest.mark.parametrize("query", QUERY_MODES)
-def test_a_logit_depends_on_no_token_of_its_group_and_on_the_other_group(query):
+@pytest.mark.parametrize("max_masked_pair_tokens", [0, LENGTH])
+def test_a_logit_depends_on_no_token_of_its_group_and_on_the_other_group(
+    monkeypatch, query, max_masked_pair_tokens
+):
+    monkeypatch.setattr(segments, "MAX_MASKED_PAIR_TOKENS", max_masked_pair_tokens)
     model = randomised(partition_config(query))
     tokens_BL, groups_BL = draw_batch(empty_groups=False)
 

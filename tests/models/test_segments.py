@@ -53,6 +53,14 @@ def test_each_backend_on_segments_without_empty_ones(backend, pairs):
     assert_like_oracle(backend, [(n + 1, m + 1) for n, m in pairs])
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 8), st.data())
+def test_two_segments_of_any_length_a_sequence(length, data):
+    splits = data.draw(st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), min_size=1))
+    pairs = [pair for n, m in splits for pair in ((n, m), (length - n, length - m))]
+    assert_like_oracle(segments.paired_attention, pairs)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
 def test_uniform_segments_are_one_batch(count, query_length, key_length):
@@ -65,6 +73,8 @@ def test_uniform_segments_are_one_batch(count, query_length, key_length):
         ([(3, 5), (3, 5)], "uniform_attention"),
         ([(0, 5), (3, 5), (3, 5)], "uniform_attention"),
         ([(3, 5), (4, 4)], "looped_attention"),
+        ([(3, 5), (4, 2), (6, 0), (1, 7)], "paired_attention"),
+        ([(100, 28), (29, 101)], "looped_attention"),
     ],
 )
 def test_the_backend_follows_the_lengths(monkeypatch, pairs, backend):
@@ -77,13 +87,13 @@ def test_the_backend_follows_the_lengths(monkeypatch, pairs, backend):
 
         monkeypatch.setattr(segments, name, recorded)
 
-    for name in ("uniform_attention", "looped_attention", "padded_attention"):
+    for name in ("uniform_attention", "paired_attention", "looped_attention"):
         record(name, getattr(segments, name))
     segment_attention(*draw(pairs))
     assert called == [backend]
 
 
-@pytest.mark.parametrize("pairs", [[(3, 0), (2, 4), (0, 2)], [(3, 0), (0, 2)], [(5, 0)]])
+@pytest.mark.parametrize("pairs", [[(3, 0), (2, 4), (0, 2)], [(3, 0), (0, 2)], [(5, 0)], [(3, 0), (0, 3)]])
 def test_queries_without_keys_get_zero_and_zero_gradients(pairs):
     q, k, v, queries, keys = draw(pairs)
     out = segment_attention(q, k, v, queries, keys)
@@ -106,6 +116,7 @@ def test_segments_describe_themselves():
     assert ragged.offsets_S1.dtype == torch.int32
     assert ragged.ids_T.tolist() == [0, 0, 2, 2, 2]
     assert [Segments.of(x).is_uniform for x in ([2, 2], [2, 3], [0, 0], [])] == [True, False, False, False]
+    assert [Segments.of(x).pair_length for x in ([3, 1, 0, 4], [3, 1, 1], [3, 1, 2, 3], [])] == [4, 0, 0, 0]
     assert ragged.to("cpu") == ragged
 
 
