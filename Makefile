@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FOLDERS := pgm_scale data_prep tests
+FOLDERS := pgm_scale data_prep ops tests
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test check format clean
 
 demo: $(STAMP)
-	$(BIN)/python -m pgm_scale.demo
+	$(BIN)/python ops/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -95,6 +95,7 @@ class RunFolder:
                 )
             identity = stored
         else:
+            self.path.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(tokenizer_path, self.tokenizer_path)
             content = json.dumps(dataclasses.asdict(identity), indent=2) + "\n"
             atomic_write_bytes(self.identity_path, content.encode())

@@ -48,19 +48,26 @@ def train(config: RunConfig, launch: Launch) -> None:
     problems = layout_problems(config, launch.world_size)
     train_split, validation_split = open_splits(config, problems)
     with ExitStack() as stack:
-        run = RunFolder(config.folder)
         if launch.rank == 0:
-            stack.enter_context(RunLock(run.path))
+            stack.enter_context(RunLock(config.folder))
         stop = stack.enter_context(StopFlag())
         mesh = connect(launch)
         stack.callback(disconnect)
-        peers = Peers(mesh.rank, mesh.world_size, mesh.gather)
-        identity: RunIdentity = peers.first(
-            lambda: run.create_or_match(config, train_split.manifest, train_split.tokenizer_path())
-        )
-        store = CheckpointStore(run.path, peers)
-        store.recover()
-        TrainingRun(config, mesh, run, identity, store, train_split, validation_split, stop).run()
+        train_on_mesh(config, mesh, train_split, validation_split, stop)
+
+
+def train_on_mesh(
+    config: RunConfig, mesh: Mesh, train_split: SplitStorage, validation_split: SplitStorage, stop: StopFlag
+) -> None:
+    """`train`, once the ranks are connected and rank 0 holds the folder's lock. Collective."""
+    run = RunFolder(config.folder)
+    peers = Peers(mesh.rank, mesh.world_size, mesh.gather)
+    identity: RunIdentity = peers.first(
+        lambda: run.create_or_match(config, train_split.manifest, train_split.tokenizer_path())
+    )
+    store = CheckpointStore(run.path, peers)
+    store.recover()
+    TrainingRun(config, mesh, run, identity, store, train_split, validation_split, stop).run()
 
 
 def open_splits(config: RunConfig, problems: list[str]) -> tuple[SplitStorage, SplitStorage]:
