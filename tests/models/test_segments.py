@@ -109,6 +109,19 @@ def test_queries_without_keys_get_zero_and_zero_gradients(pairs):
         assert (v.grad[~without_queries] != 0).any()
 
 
+@pytest.mark.parametrize("pairs", [[(3, 0), (2, 4), (0, 2)], [(3, 0), (0, 3), (1, 2), (2, 1)]])
+def test_no_kernel_meets_a_softmax_over_nothing(monkeypatch, pairs):
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def checked(q, k, v, attn_mask=None):
+        assert k.shape[-2] > 0
+        assert attn_mask is None or attn_mask.any(dim=-1).all()
+        return kernel(q, k, v, attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", checked)
+    segment_attention(*draw(pairs))
+
+
 def test_segments_describe_themselves():
     ragged = Segments.of([2, 0, 3])
     assert (ragged.count, ragged.total_tokens, ragged.max_length) == (3, 5, 3)
