@@ -79,8 +79,8 @@ def sample(
     """Generate every unknown token of `known_BL`, `batch_sequences` rows at a time.
 
     Row i is sample number `first_sample_number + i`. Its draws are a function of (seed, sample number,
-    position) alone, so its text does not depend on the batch size nor on the rows beside it (but where the
-    rounding of a matmul depends on its shape, and moves a boundary of the CDF past a uniform: one token in 1e6).
+    position) alone, so its text does not depend on the batch size nor on the rows beside it. (The exception: a
+    matmul may round differently in another shape, and a uniform may lie just there in the CDF.)
 
     Args:
         model: on `device`; put into eval mode for the call (no dropout) and given back as it was.

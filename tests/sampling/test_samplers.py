@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from pgm_scale.errors import UserError
 from pgm_scale.models import build_model
 from pgm_scale.models.partition_transformer import PartitionInputs
 from pgm_scale.models.segments import Segments
-from pgm_scale.sampling import SAMPLERS, SampleResult, SamplingBatch, known_prefixes, sample
+from pgm_scale.sampling import SAMPLERS, SampleResult, SamplingBatch, fitting_sampler, known_prefixes, sample
 from pgm_scale.sampling.ancestral import opening_steps, time_grid
 from pgm_scale.sampling.pgm_uniform import equal_steps
 from tests.sampling.chi_square import p_value
@@ -275,6 +276,22 @@ def test_greedy_text_does_not_depend_on_the_token_draws(kind):
 def test_pgm_needs_no_known_token(kind):
     tokens_BL = run(kind, np.full((2, LENGTH), -1)).tokens_BL
     assert ((tokens_BL >= 0) & (tokens_BL < MASK)).all()
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_bfloat16_models_can_be_sampled(kind):
+    known_BL = known_prefixes([[3], []], LENGTH, BOS)
+    for model in (model_for(kind), model_for(kind).to(torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens_BL = run(kind, known_BL, model).tokens_BL
+        assert ((tokens_BL >= 0) & (tokens_BL < MASK)).all()
+
+
+def test_the_settings_move_to_a_sampler_that_fits_the_model():
+    config = SamplerConfig(kind="pgm_non_uniform", steps=7, top_p=0.5)
+    assert fitting_sampler(config, model_for("pgm")) == config
+    for kind in ("ancestral_cached", "autoregressive"):
+        assert fitting_sampler(config, model_for(kind)) == replace(config, kind=kind)
 
 
 def test_result_counts_generated_tokens():
