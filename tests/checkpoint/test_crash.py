@@ -58,6 +58,30 @@ def test_killed_at_every_point_of_a_save_and_a_purge(tmp_path):
     assert len(newest_at) >= 10
 
 
+def test_the_order_of_durable_operations(tmp_path):
+    """What a power cut relies on, and a killed process cannot show: each is durable before the next starts."""
+    save_step(tmp_path, 1)
+
+    def save():
+        kill_before_call(1000, tmp_path / "log")
+        save_step(tmp_path, 2)
+
+    assert in_child(save) == (0, None)
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "mkdir .step_00000002.saving",
+        "fsync rank_00000.safetensors",
+        "fsync rank_00001.safetensors",
+        "fsync state.json",
+        "fsync manifest.json",
+        "fsync .step_00000002.saving",
+        "rename .step_00000002.saving",
+        "fsync checkpoints",
+        "fsync .LATEST.tmp",
+        "replace .LATEST.tmp",
+        "fsync checkpoints",
+    ]
+
+
 def test_any_chain_of_deaths_and_resumes_loses_no_committed_step(tmp_path):
     """Each life recovers, saves and purges until it is killed somewhere; some die in the recovery itself."""
     dice = random.Random(2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pgm_scale.checkpoint.lock import Holder, RunLock
+from pgm_scale.checkpoint.lock import Holder, RunLock, _start_ticks
 from pgm_scale.errors import UserError
 from tests.checkpoint.support import in_child
 
@@ -113,6 +113,40 @@ def test_a_lock_that_was_taken_over_is_noticed_and_left_alone(tmp_path):
         with pytest.raises(UserError, match="has lost"):
             lock.check()
     assert theirs.exists()
+
+
+def living_holder() -> dict[str, Any]:
+    """Our parent process, as if it held the lock."""
+    return {"pid": os.getppid(), "start_ticks": _start_ticks(os.getppid())}
+
+
+def test_a_faster_starter_is_not_evicted(tmp_path, monkeypatch):
+    """It recovers the dead lock between our look at it and our rename of it."""
+    write_lock(tmp_path, start_ticks="1")
+    real = os.rename
+
+    def rename(source, target):
+        monkeypatch.setattr(os, "rename", real)
+        write_lock(tmp_path, **living_holder())
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(UserError, match=f"pid {os.getppid()}"):
+        RunLock(tmp_path, **FAST).acquire()
+    assert os.listdir(tmp_path) == ["run.lock"]
+    assert f'"pid": {os.getppid()}' in (tmp_path / "run.lock").read_text()
+
+
+def test_a_lock_that_changes_hands_while_we_watch_is_not_touched(tmp_path, monkeypatch):
+    write_lock(tmp_path, machine="another")
+
+    def no_rename(*_):
+        raise AssertionError("a living lock was moved")
+
+    monkeypatch.setattr(os, "rename", no_rename)
+    monkeypatch.setattr(time, "sleep", lambda _: write_lock(tmp_path, **living_holder()))
+    with pytest.raises(UserError, match=f"pid {os.getppid()}"):
+        RunLock(tmp_path, **FAST).acquire()
 
 
 def test_of_many_runs_started_at_once_on_a_dead_lock_one_wins(tmp_path):

@@ -54,6 +54,14 @@ def test_saving_a_committed_step_again_writes_nothing(tmp_path):
     assert (step_folder(tmp_path, 3) / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_leftovers_of_a_larger_world_do_not_enter_the_next_save(tmp_path):
+    folders = CheckpointStore(tmp_path).folders
+    folders.begin(1)
+    folders.write_rank(1, 5, fragments_of(whole_tensors(1), 0, 1))
+    save_step(tmp_path, 1, world_size=2)
+    assert CheckpointStore(tmp_path).newest_verified() == 1
+
+
 def test_state_floats_are_exact(tmp_path):
     state = {"loss": 0.1 + 0.2, "next_sample_number": 2**53 + 1, "config": {"name": "ä"}}
     store = CheckpointStore(tmp_path)
