@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,7 +81,7 @@ class RunLock:
         Raises:
             UserError: another run holds it (named by host, pid and job), or the folder cannot be written.
         """
-        ours = self.path.with_name(f".run.lock.{self._holder.host}.{self._holder.pid}")
+        ours = self.path.with_name(f".run.lock.{uuid.uuid4().hex}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_synced(ours, self._holder.to_bytes())
@@ -138,7 +139,7 @@ class RunLock:
         if _content(self.path) != data:
             return
         # Moved aside, not deleted: another starter may have been faster just now, and this be its lock.
-        aside = self.path.with_name(f".run.lock.dead.{self._holder.host}.{self._holder.pid}")
+        aside = self.path.with_name(f".run.lock.dead.{uuid.uuid4().hex}")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
