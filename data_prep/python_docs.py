@@ -54,9 +54,12 @@ class PythonDocsSource:
         return len(self._texts)
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        validation = validation_documents(self._texts, self._validation_share)
         for number, text in enumerate(self._texts):
-            yield VALIDATION if number in validation else TRAIN, text
+            yield VALIDATION if number in self._validation else TRAIN, text
+
+    @cached_property
+    def _validation(self) -> set[int]:
+        return validation_documents(self._texts, self._validation_share)
 
     @cached_property
     def _texts(self) -> list[str]:
