@@ -11,14 +11,10 @@ it was and nothing depends on the number of workers. The work folder needs about
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +30,7 @@ from rich.progress import (
 
 from data_prep import work
 from data_prep.packing import Packing
+from data_prep.pool import Call, RunBounded, worker_pool
 from data_prep.sources import SPLITS, TRAIN, DocumentSource, units_of
 from data_prep.tokenizers import load_tokenizer, open_tokenizer, size_to_train, train_bpe, vocabulary_of
 from data_prep.units import (
@@ -43,7 +40,6 @@ from data_prep.units import (
     encode_unit,
     make_shard,
     read_counts,
-    start_worker,
 )
 from pgm_scale.data.files import write_whole
 from pgm_scale.data.manifest import TOKENIZER_NAME, DatasetManifest, Shard, ShardFormat, token_dtype_for
@@ -51,7 +47,6 @@ from pgm_scale.data.writers import shard_name
 from pgm_scale.errors import UserError
 
 PLAN_VERSION = 1  # to be raised with any change of the output's bytes
-UNITS_IN_FLIGHT_PER_WORKER = 3  # one at work, and enough waiting that no worker starves
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ def _prepare(source: DocumentSource, options: PrepareOptions) -> list[DatasetMan
         encoding = Encoding(
             tokenizer_file, vocabulary, options.packing, options.length_tokens, source.detokenise
         )
-        with _pool(encoding, options.workers) as run_bounded:
+        with worker_pool(encoding, options.workers) as run_bounded:
             counts = _encode_units(source, folder, run_bounded, progress)
             _refuse_empty(counts, options.length_tokens)
             shards = _make_shards(counts, folder, options, run_bounded, progress)
@@ -250,37 +245,6 @@ def _refuse_empty(counts: dict[str, list[UnitCounts]], length_tokens: int) -> No
                 f"the {split} split has {documents} documents, too few for one row of {length_tokens} "
                 "tokens; give more text, a shorter --length, or another share for validation"
             )
-
-
-Call = tuple[Any, ...]  # (key, function, arguments...)
-RunBounded = Callable[[Iterable[Call]], Iterator[tuple[Any, Any]]]  # calls -> (key, result) as they finish
-
-
-@contextmanager
-def _pool(encoding: Encoding, workers: int) -> Iterator[RunBounded]:
-    """Worker processes, and a function that keeps only a few calls in flight, which bounds the memory."""
-    workers = workers or len(os.sched_getaffinity(0))
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(encoding,)
-    )
-
-    def run_bounded(calls: Iterable[Call]) -> Iterator[tuple[Any, Any]]:
-        running: dict[Future[Any], Any] = {}
-        for key, function, *arguments in calls:
-            if len(running) == UNITS_IN_FLIGHT_PER_WORKER * workers:
-                yield from finished(running)
-            running[pool.submit(function, *arguments)] = key
-        while running:
-            yield from finished(running)
-
-    def finished(running: dict[Future[Any], Any]) -> Iterator[tuple[Any, Any]]:
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            yield running.pop(future), future.result()
-
-    try:
-        yield run_bounded
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _progress(shown: bool) -> Progress:

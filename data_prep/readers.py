@@ -7,7 +7,6 @@ bounded by one line of .jsonl, one row group of .parquet, and a constant for .tx
 from __future__ import annotations
 
 import codecs
-import gzip
 import hashlib
 import io
 import json
@@ -15,16 +14,14 @@ import os
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-import zstandard
-
+from data_prep.compression import COMPRESSIONS, open_binary, reported
 from pgm_scale.data.files import sha256_of
 from pgm_scale.errors import UserError
 
@@ -104,7 +101,7 @@ def fingerprint_files(files: Sequence[InputFile]) -> dict[str, Any]:
     """Count, total size and one SHA-256 over the names and contents of `files`, in order."""
 
     def line(file: InputFile) -> str:
-        with _reported(file.path):
+        with reported(file.path):
             return f"{sha256_of(file.path)} {file.path.stat().st_size} {file.name}\n"
 
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
@@ -167,7 +164,7 @@ def _text_blocks(path: Path) -> Iterator[str]:
     """Decoded blocks of fixed size, every kind of line end as a newline, without a byte order mark."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     newlines = 0
-    with _reported(path), _open(path) as stream:
+    with reported(path), open_binary(path) as stream:
         while True:
             block = stream.read(_BLOCK_BYTES)
             try:
@@ -184,7 +181,7 @@ def _text_blocks(path: Path) -> Iterator[str]:
 
 def _read_jsonl(path: Path, reading: Reading) -> Iterator[str]:
     number = 0
-    with _reported(path), _open(path) as stream:
+    with reported(path), open_binary(path) as stream:
         while line := stream.readline(_LONGEST_JSON_BYTES + 1):
             number += 1
             if len(line) > _LONGEST_JSON_BYTES:
@@ -257,8 +254,8 @@ def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    with _reported(path), _open(path) as stream:
-        if path.suffix.lower() in _COMPRESSIONS:  # parquet is read from its end, which a stream does not have
+    with reported(path), open_binary(path) as stream:
+        if path.suffix.lower() in COMPRESSIONS:  # parquet is read from its end, which a stream does not have
             unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
             shutil.copyfileobj(stream, unpacked)
             stream = unpacked
@@ -270,67 +267,12 @@ def _parquet(path: Path) -> Iterator[Any]:
             raise UserError(f"{path}: not a readable parquet file ({reason}); copy it again") from None
 
 
-def _open(path: Path) -> IO[bytes]:
-    opener = _COMPRESSIONS.get(path.suffix.lower())
-    return opener(path) if opener else open(path, "rb")
-
-
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    """Turn what a damaged or unreadable file raises into one line."""
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: damaged or cut off {path.suffix} data ({error}); copy it again") from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read it ({error.strerror}); check the path and permissions"
-        ) from None
-
-
 def _not_utf8(path: Path, where: str) -> UserError:
     return UserError(f"{path}, {where}: not UTF-8 text; convert the file, for example with iconv -t UTF-8")
-
-
-class _ZstandardFile(io.RawIOBase):
-    """Frames of a .zst file one after the other; unlike the library's reader it notices a cut-off end."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._pending = memoryview(b"")
-        self._started = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._pending:
-            packed = self._frame.unused_data if self._frame.eof else b""
-            packed = packed or self._file.read(_BLOCK_BYTES)
-            if not packed:
-                if self._started and not self._frame.eof:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._started = True
-            self._pending = memoryview(self._frame.decompress(packed))
-        count = min(len(buffer), len(self._pending))
-        buffer[:count], self._pending = self._pending[:count], self._pending[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 _READERS: dict[str, Callable[[Path, Reading], Iterator[str]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
-}
-_COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {
-    ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),
-    ".zst": lambda path: io.BufferedReader(_ZstandardFile(path), _BLOCK_BYTES),
 }

@@ -48,4 +48,4 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
         yield run_bounded
 
-    monkeypatch.setattr(pipeline, "_pool", pool)
+    monkeypatch.setattr(pipeline, "worker_pool", pool)

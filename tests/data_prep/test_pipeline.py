@@ -129,7 +129,7 @@ def test_a_completed_output_is_left_alone_and_a_different_one_refused(text_folde
     output = tmp_path / "out"
     first = prepare(source(text_folder), options(output))
     with monkeypatch.context() as context:
-        context.setattr(pipeline, "_pool", None)
+        context.setattr(pipeline, "worker_pool", None)
         assert prepare(source(text_folder), options(output)) == first
         changes = {"length_tokens": 32, "format": "mds", "packing": "pad", "rows_per_shard": 7}
         for key, value in changes.items():
