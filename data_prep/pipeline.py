@@ -41,10 +41,10 @@ from data_prep.units import (
     make_shard,
     read_counts,
 )
-from pgm_scale.data.files import write_whole
 from pgm_scale.data.manifest import TOKENIZER_NAME, DatasetManifest, Shard, ShardFormat, token_dtype_for
 from pgm_scale.data.writers import shard_name
 from pgm_scale.errors import UserError
+from pgm_scale.files import atomic_write_bytes
 
 PLAN_VERSION = 1  # to be raised with any change of the output's bytes
 
@@ -113,7 +113,7 @@ def _prepare(source: DocumentSource, options: PrepareOptions) -> list[DatasetMan
     with _progress(options.show_progress) as progress:
         tokenizer_file = folder / TOKENIZER_NAME
         if not tokenizer_file.exists():
-            write_whole(tokenizer_file, loaded or _train_tokenizer(source, size or 0, progress))
+            atomic_write_bytes(tokenizer_file, loaded or _train_tokenizer(source, size or 0, progress))
         tokenizer = tokenizer_file.read_bytes()
         vocabulary = vocabulary_of(
             open_tokenizer(tokenizer, options.tokenizer), options.packing, options.tokenizer

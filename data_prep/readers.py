@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.compression import COMPRESSIONS, open_binary, reported
-from pgm_scale.data.files import sha256_of
 from pgm_scale.errors import UserError
+from pgm_scale.files import sha256_file
 
 Separation = Literal["file", "paragraph", "line"]
 
@@ -102,7 +102,7 @@ def fingerprint_files(files: Sequence[InputFile]) -> dict[str, Any]:
 
     def line(file: InputFile) -> str:
         with reported(file.path):
-            return f"{sha256_of(file.path)} {file.path.stat().st_size} {file.name}\n"
+            return f"{sha256_file(file.path)} {file.path.stat().st_size} {file.name}\n"
 
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
         lines = "".join(threads.map(line, files))

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from data_prep.packing import Packing, pack
 from data_prep.sources import Unit
 from data_prep.tokenizers import encode, open_tokenizer
-from pgm_scale.data.files import commit, sha256_of
 from pgm_scale.data.manifest import Shard, ShardFormat, Vocabulary
+from pgm_scale.files import commit, sha256_file
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_shard(task: ShardTask) -> Shard:
     path = task.folder / task.name
     if path.exists():
         rows = sum(last - first for _, first, last in task.parts)
-        return Shard(task.name, rows, path.stat().st_size, sha256_of(path))
+        return Shard(task.name, rows, path.stat().st_size, sha256_file(path))
     for file, first, last in task.parts:
         with np.load(file, allow_pickle=False) as content:
             tokens.append(content["tokens_RL"][first:last])

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import SPLITS
-from pgm_scale.data.files import write_whole
 from pgm_scale.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DatasetManifest
 from pgm_scale.data.writers import write_mds_index
 from pgm_scale.errors import UserError
+from pgm_scale.files import atomic_write_bytes
 
 WORK_FOLDER = ".prepare"
 _PLAN_NAME = "plan.json"
@@ -73,7 +73,7 @@ def claim(output: Path, plan: dict[str, Any]) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("units", *SPLITS):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_whole(plan_file, json.dumps(plan, indent=2).encode())
+    atomic_write_bytes(plan_file, json.dumps(plan, indent=2).encode())
     return folder
 
 
@@ -91,7 +91,7 @@ def finish(folder: Path, output: Path, tokenizer: bytes, manifest: DatasetManife
             shutil.rmtree(stray)
         else:
             stray.unlink()
-    write_whole(staging / TOKENIZER_NAME, tokenizer)
+    atomic_write_bytes(staging / TOKENIZER_NAME, tokenizer)
     if manifest.format == "mds":
         write_mds_index(staging, manifest)
     manifest.save(staging)

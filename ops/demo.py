@@ -46,7 +46,7 @@ def main() -> int:
     started_s = time.monotonic()
     os.chdir(ROOT)
     shutil.rmtree(FOLDER / "run", ignore_errors=True)
-    run_command("prepare", "python-docs", "--output", str(FOLDER / "data"))
+    run_command("prepare", "python-docs", "--format", "tar", "--output", str(FOLDER / "data"))
     steps = steps_within_budget()
     train = ("train", str(CONFIG), f"training.steps={steps}")
     stopped_at = train_and_stop_half_way(train, steps)
@@ -163,9 +163,7 @@ def sampler_speeds() -> dict[str, float]:
     return speeds
 
 
-def report(
-    evaluation: dict, stopped_at: int, continuation: str, infilling: str, started_s: float
-) -> int:
+def report(evaluation: dict, stopped_at: int, continuation: str, infilling: str, started_s: float) -> int:
     """Print the report, write it as JSON with a picture of the curves; 1 if it misses its promise."""
     reference, speeds = unigram(), sampler_speeds()
     times_lower = reference.perplexity / evaluation["perplexity"]
@@ -196,7 +194,9 @@ def report(
         "=" * 78,
     ]
     if not held:
-        lines.append("the promise is a perplexity at least 5 times below the unigram model's: not reached here")
+        lines.append(
+            "the promise is a perplexity at least 5 times below the unigram model's: not reached here"
+        )
     print("\n".join(lines))
     record = {
         "evaluation": evaluation,

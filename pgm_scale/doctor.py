@@ -118,7 +118,7 @@ def _check_config(config: RunConfig, launch: Launch) -> list[str]:
         except UserError as error:
             problems.append(str(error))
             continue
-        for shard in track(storage.manifest.shards, f"hashing {path}", Console(file=sys.stderr)):
+        for shard in track(storage.manifest.shards, f"hashing {path}", console=Console(file=sys.stderr)):
             try:
                 storage.shard_path(shard)
             except UserError as error:

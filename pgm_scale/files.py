@@ -24,12 +24,25 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def temporary_name(path: Path) -> Path:
+    """Where `path` is written until it is whole: hidden, beside it, overwritten by the next attempt."""
+    return path.with_name(f".{path.name}.writing")
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Sync a finished file to disk and move it to its final name, which it replaces."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+    fsync_folder(final.parent)
+
+
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` so that every reader, and every crash, sees the old bytes or the new, never a mix.
 
-    One writer a path: the temporary name `.<name>.tmp` is fixed, so a dead writer leaves at most one.
+    One writer a path: the temporary name is fixed, so a dead writer leaves at most one.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     write_synced(temporary, data)
     os.replace(temporary, path)
     fsync_folder(path.parent)

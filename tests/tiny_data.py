@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pgm_scale import config as configuration
 from pgm_scale.config import RunConfig
@@ -21,6 +21,7 @@ def write_tiny_split(folder: Path, rows: int, seed: int, split: str, pad: bool =
     """Rows that repeat one random token after BOS, in two shards; with `pad`, of random valid lengths."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY.size - 1)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     generator = np.random.default_rng(seed)
     repeated = generator.integers(1, VOCABULARY.mask_id, size=(rows, 1))

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pgm_scale.data.files import write_whole
 from pgm_scale.errors import UserError
+from pgm_scale.files import atomic_write_bytes
 
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -88,7 +88,7 @@ class DatasetManifest:
     def save(self, split_folder: str | Path) -> Path:
         """Write `dataset.json` into `split_folder`, whole or not at all."""
         path = Path(split_folder) / MANIFEST_NAME
-        write_whole(path, self.to_json().encode())
+        atomic_write_bytes(path, self.to_json().encode())
         return path
 
     @classmethod

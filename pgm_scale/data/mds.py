@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pgm_scale.data.files import commit, temporary_name, write_whole
 from pgm_scale.data.manifest import DatasetManifest, Shard
+from pgm_scale.files import atomic_write_bytes, commit, temporary_name
 
 INDEX_NAME = "index.json"
 
@@ -37,7 +37,7 @@ def write_mds(path: Path, tokens_RL: np.ndarray, valid_lengths_R: np.ndarray) ->
 def write_mds_index(folder: str | Path, manifest: DatasetManifest) -> None:
     """Write the `index.json` by which `streaming.StreamingDataset` reads the folder too; ours needs none."""
     index = {"version": 2, "shards": [_index_entry(manifest, shard) for shard in manifest.shards]}
-    write_whole(Path(folder) / INDEX_NAME, json.dumps(index, sort_keys=True).encode())
+    atomic_write_bytes(Path(folder) / INDEX_NAME, json.dumps(index, sort_keys=True).encode())
 
 
 def read_mds(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.ndarray, np.ndarray]:

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from pgm_scale.data.files import commit, sha256_of, temporary_name
 from pgm_scale.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DatasetManifest, Shard
 from pgm_scale.errors import UserError
+from pgm_scale.files import commit, sha256_file, temporary_name
 
 REMOTE_SCHEMES = ("s3", "gs")
 DOWNLOAD_TIMEOUT_S = 30.0  # without a byte; the store's client itself retries, five times for S3
@@ -135,7 +135,7 @@ def _fault(path: Path, sha256: str, size_bytes: int | None) -> str | None:
         found_bytes = path.stat().st_size
         if size_bytes is not None and found_bytes != size_bytes:
             return f"corrupt: {found_bytes} bytes instead of {size_bytes}"
-        found = sha256_of(path)
+        found = sha256_file(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None if found == sha256 else f"corrupt: SHA-256 {found} instead of {sha256}"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pgm_scale.data.files import commit, temporary_name
 from pgm_scale.data.manifest import DatasetManifest, Shard
+from pgm_scale.files import commit, temporary_name
 
 CHUNK_ROWS = 256
 _TOKENS = "tokens.npy"

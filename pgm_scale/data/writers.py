@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pgm_scale.data.files import sha256_of
 from pgm_scale.data.manifest import Shard, ShardFormat
 from pgm_scale.data.mds import write_mds, write_mds_index
 from pgm_scale.data.tar import write_tar
+from pgm_scale.files import sha256_file
 
 __all__ = ["shard_name", "write_mds_index", "write_shard"]
 
@@ -40,4 +40,4 @@ def write_shard(
     path = Path(folder) / name
     write = write_mds if format == "mds" else write_tar
     write(path, tokens_RL, valid_lengths_R.astype(np.uint32))
-    return Shard(name=name, rows=rows, bytes=path.stat().st_size, sha256=sha256_of(path))
+    return Shard(name=name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from pgm_scale.data.files import write_whole
 from pgm_scale.errors import UserError
+from pgm_scale.files import atomic_write_bytes
 
 OutputFormat = Literal["text", "jsonl", "npy"]
 
@@ -78,6 +78,6 @@ def write_samples(
     """
     content = render_samples(tokens_BL, output_format, tokenizer, first_sample_number)
     try:
-        write_whole(Path(path), content)
+        atomic_write_bytes(Path(path), content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another path") from None

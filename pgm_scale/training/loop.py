@@ -48,18 +48,22 @@ def train(config: RunConfig, launch: Launch) -> None:
     problems = layout_problems(config, launch.world_size)
     train_split, validation_split = open_splits(config, problems)
     with ExitStack() as stack:
-        if launch.rank == 0:
-            stack.enter_context(RunLock(config.folder))
+        lock = stack.enter_context(RunLock(config.folder)) if launch.rank == 0 else None
         stop = stack.enter_context(StopFlag())
         mesh = connect(launch)
         stack.callback(disconnect)
-        train_on_mesh(config, mesh, train_split, validation_split, stop)
+        train_on_mesh(config, mesh, train_split, validation_split, stop, lock)
 
 
 def train_on_mesh(
-    config: RunConfig, mesh: Mesh, train_split: SplitStorage, validation_split: SplitStorage, stop: StopFlag
+    config: RunConfig,
+    mesh: Mesh,
+    train_split: SplitStorage,
+    validation_split: SplitStorage,
+    stop: StopFlag,
+    lock: RunLock | None = None,
 ) -> None:
-    """`train`, once the ranks are connected and rank 0 holds the folder's lock. Collective."""
+    """`train`, once the ranks are connected; rank 0 holds the folder's `lock`. Collective."""
     run = RunFolder(config.folder)
     peers = Peers(mesh.rank, mesh.world_size, mesh.gather)
     identity: RunIdentity = peers.first(
@@ -67,7 +71,7 @@ def train_on_mesh(
     )
     store = CheckpointStore(run.path, peers)
     store.recover()
-    TrainingRun(config, mesh, run, identity, store, train_split, validation_split, stop).run()
+    TrainingRun(config, mesh, run, identity, store, train_split, validation_split, stop, lock).run()
 
 
 def open_splits(config: RunConfig, problems: list[str]) -> tuple[SplitStorage, SplitStorage]:
@@ -99,9 +103,10 @@ class TrainingRun:
         train_split: SplitStorage,
         validation_split: SplitStorage,
         stop: StopFlag,
+        lock: RunLock | None,
     ) -> None:
         self.config, self.mesh, self.folder, self.identity = config, mesh, folder, identity
-        self.train_split, self.stop = train_split, stop
+        self.train_split, self.stop, self.lock = train_split, stop, lock
         seed_dropout(config.training.seed, 0, 0, 0)  # the initial weights are equal on all ranks
         model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
         self.objective = build_objective(config.objective, identity.vocabulary)
@@ -254,6 +259,7 @@ class TrainingRun:
         }
 
     def _save(self, step: int) -> None:
+        self.store.peers.first(lambda: self.lock.check() if self.lock else None)
         self.checkpointer.save(step, {"run_id": self.identity.run_id})
         keep = self.config.checkpoint
         self.store.purge(keep.keep_last, keep.milestone_interval_steps)

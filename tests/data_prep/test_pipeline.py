@@ -12,8 +12,8 @@ from data_prep.readers import Reading, find_files, read_documents
 from data_prep.sources import TextSource, content_hash
 from data_prep.tokenizers import encode, open_tokenizer
 from pgm_scale.data import DatasetManifest
-from pgm_scale.data.files import sha256_of
 from pgm_scale.errors import UserError
+from pgm_scale.files import sha256_file
 from tests.data_prep.conftest import random_text, tree
 from tests.data_prep.small_run import options, source
 
@@ -63,11 +63,11 @@ def test_the_output_is_what_the_manifest_says(text_folder, tmp_path, shard_forma
     for manifest in manifests:
         folder = output / manifest.split
         assert DatasetManifest.load(folder) == manifest
-        assert sha256_of(folder / "tokenizer.json") == manifest.tokenizer_sha256
+        assert sha256_file(folder / "tokenizer.json") == manifest.tokenizer_sha256
         for shard in manifest.shards:
             assert (shard.bytes, shard.sha256) == (
                 (folder / shard.name).stat().st_size,
-                sha256_of(folder / shard.name),
+                sha256_file(folder / shard.name),
             )
         index = {"index.json"} if shard_format == "mds" else set()
         names = {"dataset.json", "tokenizer.json", *(shard.name for shard in manifest.shards)} | index

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pgm_scale.checkpoint.fragments import KINDS
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
@@ -18,7 +19,6 @@ from pgm_scale.training.signals import StopFlag
 from tests.distributed import run_ranks
 from tests.tiny_data import tiny_config, write_tiny_data
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 DROPOUT = {"dropout": 0.1}
 
 
@@ -33,8 +33,8 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(mesh: Mesh, config: RunConfig) -> None:
-    splits = [SplitStorage(path) for path in (config.data.train, config.data.validation)]
-    train_on_mesh(config, mesh, *splits, StopFlag())
+    train_split, validation_split = SplitStorage(config.data.train), SplitStorage(config.data.validation)
+    train_on_mesh(config, mesh, train_split, validation_split, StopFlag())
 
 
 def _train_all(mesh: Mesh, configs: list[RunConfig]) -> None:
@@ -100,10 +100,14 @@ def test_every_layout_trains_the_same_run(padded: Path, tmp_path: Path) -> None:
             tmp_path / run,
             parallel={"zero_stage": stage},
             training={"micro_batch_sequences": micro, "steps": steps},
+            # Adam turns a rounding difference in a tiny gradient into a difference of up to this rate.
+            optimizer={"learning_rate": 1e-3},
         )
 
     run_ranks(1, _train_all, [config("one", 1, 8), config("accumulated", 2, 1), config("moved", 0, 2, 3)])
-    run_ranks(2, _train_all, [config(f"two-{stage}", stage, 2) for stage in (0, 1, 2, 3)] + [config("moved", 3, 4)])
+    run_ranks(
+        2, _train_all, [config(f"two-{stage}", stage, 2) for stage in (0, 1, 2, 3)] + [config("moved", 3, 4)]
+    )
     reference = _records(tmp_path / "one")
     state = _state(tmp_path / "one", 6)
     for run in ("accumulated", "moved", "two-0", "two-1", "two-2", "two-3"):
@@ -118,35 +122,37 @@ def test_every_layout_trains_the_same_run(padded: Path, tmp_path: Path) -> None:
             assert difference < 1e-5, (run, kind, name)
 
 
-@pytest.mark.parametrize(
-    ("model", "objective"),
-    [
-        ("partition_transformer", {"kind": "pgm", "form": "published"}),
-        ("partition_transformer", {"kind": "pgm", "form": "bounded"}),
-        ("diffusion_transformer", {"kind": "mdlm"}),
-        ("diffusion_transformer", {"kind": "complementary_mdlm"}),
-        ("diffusion_transformer", {"kind": "d3pm"}),
-        ("autoregressive_transformer", {"kind": "autoregressive"}),
-    ],
-)
-def test_every_objective_learns(data: Path, tmp_path: Path, model: str, objective: dict[str, Any]) -> None:
-    size = {"kind": model, "hidden_size": 16, "num_heads": 2, "dropout": 0.0}
-    blocks = {"num_encoder_blocks": 1, "num_decoder_blocks": 1} if "partition" in model else {"num_blocks": 1}
-    config = tiny_config(
-        data,
-        tmp_path / "run",
-        model={**size, **blocks},
-        objective=objective,
-        training={"steps": 80, "micro_batch_sequences": 8, "log_interval_steps": 80, "ema_decay": 0.9},
-        optimizer={"learning_rate": 3e-2},
-        checkpoint={"interval_steps": 80},
-        validation={"interval_steps": 80},
-    )
-    run_ranks(1, _train, config)
-    (record,) = _records(tmp_path / "run")
-    # A row repeats one token, so any context tells it; without context it costs ln 22 = 3.09 nats.
-    assert record["validation_nll"] < 2.0
-    assert len((tmp_path / "run" / "samples" / "step_00000080.txt").read_text()) > 20
+OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
+    ("partition_transformer", {"kind": "pgm", "form": "published"}),
+    ("partition_transformer", {"kind": "pgm", "form": "bounded"}),
+    ("diffusion_transformer", {"kind": "mdlm"}),
+    ("diffusion_transformer", {"kind": "complementary_mdlm"}),
+    ("diffusion_transformer", {"kind": "d3pm"}),
+    ("autoregressive_transformer", {"kind": "autoregressive"}),
+]
+
+
+def test_every_objective_learns(data: Path, tmp_path: Path) -> None:
+    def config(number: int, model: str, objective: dict[str, Any]) -> RunConfig:
+        size = {"kind": model, "hidden_size": 16, "num_heads": 2, "dropout": 0.0}
+        partition = {"num_encoder_blocks": 1, "num_decoder_blocks": 1}
+        return tiny_config(
+            data,
+            tmp_path / str(number),
+            model={**size, **(partition if model == "partition_transformer" else {"num_blocks": 1})},
+            objective=objective,
+            training={"steps": 120, "micro_batch_sequences": 8, "log_interval_steps": 120, "ema_decay": 0.9},
+            optimizer={"learning_rate": 3e-2},
+            checkpoint={"interval_steps": 120},
+            validation={"interval_steps": 120},
+        )
+
+    run_ranks(1, _train_all, [config(number, *case) for number, case in enumerate(OBJECTIVES)])
+    for number, (_, objective) in enumerate(OBJECTIVES):
+        (record,) = _records(tmp_path / str(number))
+        # A row repeats one token, so any context tells it; without context it costs ln 22 = 3.09 nats.
+        assert record["validation_nll"] < 2.2, objective
+        assert (tmp_path / str(number) / "samples" / "step_00000120.txt").stat().st_size > 20
 
 
 def test_a_changed_setting_is_refused_with_a_diff(data: Path, tmp_path: Path) -> None:
