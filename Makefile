@@ -11,14 +11,17 @@ demo: $(STAMP)
 	$(BIN)/python ops/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(STAMP)
 	$(BIN)/ruff check $(FOLDERS)
 	$(BIN)/ruff format --check $(FOLDERS)
 	$(BIN)/mypy
-	rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >build-wheel.log 2>&1 || (cat build-wheel.log; exit 1)
-	rm -f build-wheel.log
+	rm -rf build && mkdir -p build/site
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > build/wheel.log || (cat build/wheel.log; exit 1)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
+	cd build/site && ../../$(BIN)/python -P -c "import sys; sys.path.insert(0, '.'); import data_prep.cli, \
+	  pgm_scale.cli, pgm_scale.training.loop as m; assert 'build/site' in m.__file__ or m.__file__[0] == '.', m"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(FOLDERS)

@@ -61,7 +61,7 @@ class WandbTracker:
         atomic_write_bytes(self._last_path, json.dumps({"last_step": step}).encode())
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def open_tracker(config: RunConfig, run_id: str, folder: Path, is_main: bool) -> Tracker:

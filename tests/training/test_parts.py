@@ -1,0 +1,127 @@
+"""EMA, metrics file, tracker and signal flag by themselves."""
+
+import json
+import math
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pgm_scale.parallel.state import ParameterState
+from pgm_scale.training.ema import ExponentialMovingAverage
+from pgm_scale.training.metrics import MetricsFile, finite
+from pgm_scale.training.signals import StopFlag
+from pgm_scale.training.step import seed_dropout
+from pgm_scale.training.tracking import open_tracker
+from tests.tiny_data import tiny_config
+
+
+def test_ema_follows_its_formula_with_warm_up() -> None:
+    weight = torch.zeros(3)
+    parameter = torch.nn.Parameter(weight)
+    state = ParameterState("w", (3,), 0, weight, weight, weight, torch.zeros(()), False, parameter)
+    average = ExponentialMovingAverage([state], decay=0.3)
+    expected = 0.0
+    for update in range(1, 8):
+        weight.fill_(float(update))
+        average.update()
+        decay = min(0.3, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * update
+        np.testing.assert_allclose(average.values[0].numpy(), expected, rtol=1e-6)
+
+
+def test_metrics_file_drops_what_a_resume_will_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in range(1, 6):
+        first.write({"step": step, "loss": math.nan if step == 2 else 0.5})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    resumed = MetricsFile(path, 3)
+    resumed.write({"step": 4, "loss": 0.25})
+    resumed.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[1]["loss"] is None
+    assert records[3]["loss"] == 0.25
+
+
+def test_finite_replaces_what_json_lacks() -> None:
+    assert finite({"a": [math.inf, 1.0], "b": {"c": -math.inf}}) == {"a": [None, 1.0], "b": {"c": None}}
+
+
+def test_the_first_signal_wins_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopFlag() as stop:
+        assert stop.signal_name is None
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == "SIGUSR2"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_dropout_seeds_differ_by_every_coordinate() -> None:
+    def drawn(*coordinates: int) -> float:
+        seed_dropout(*coordinates)
+        return float(torch.rand(()))
+
+    base = drawn(1, 2, 3, 4)
+    assert drawn(1, 2, 3, 4) == base
+    assert base not in {drawn(0, 2, 3, 4), drawn(1, 0, 3, 4), drawn(1, 2, 0, 4), drawn(1, 2, 3, 0)}
+
+
+def _records_of(path: Path) -> Iterator[bytes]:
+    """The records of wandb's transaction log: LevelDB's log format behind a header of 7 bytes."""
+    content, position, parts = path.read_bytes(), 7, []
+    while position + 7 <= len(content):
+        if (left := -position % 32768) and left < 7:  # a record's header never crosses a block
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        parts.append(content[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts.clear()
+
+
+def _offline_history(folder: Path) -> tuple[set[str], list[int]]:
+    """Run ids and logged steps of all offline sessions, read from wandb's own files."""
+    from wandb.proto import wandb_internal_pb2
+
+    ids, steps = set(), []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        for content in _records_of(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            elif record.HasField("history"):
+                steps.append(record.history.step.num)
+    return ids, sorted(steps)
+
+
+def test_wandb_sessions_share_a_run_and_no_step_is_sent_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    config = tiny_config(tmp_path, tmp_path, tracking={"wandb": "offline"})
+    values: dict[str, Any] = {"loss": 1.0, "validation_nll": None}
+    for steps in (range(1, 6), range(4, 9)):  # the second session resumes from a checkpoint of step 3
+        tracker = open_tracker(config, "abc123", tmp_path, is_main=True)
+        for step in steps:
+            tracker.log(step, values)
+        tracker.close()
+    ids, steps_sent = _offline_history(tmp_path)
+    assert ids == {"abc123"}
+    assert steps_sent == [1, 2, 3, 4, 5, 6, 7, 8]
+    secrets = [p for p in tmp_path.rglob("*") if p.is_file() and b"k" * 40 in p.read_bytes()]
+    assert secrets == []
