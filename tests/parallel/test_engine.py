@@ -82,6 +82,19 @@ def _whole(engine: Engine, mesh: Mesh) -> dict[str, np.ndarray]:
     return found
 
 
+def _refuses_infinite_gradients(engine: Engine, mesh: Mesh, micro: int, dtype: torch.dtype) -> None:
+    """A finite loss whose gradient is infinite on one rank changes no weight on any rank."""
+    before = _whole(engine, mesh)
+    for _ in range(engine.micro_steps):
+        output = engine(_rows(7)[:micro].to(dtype)).float()
+        bad = (output * 0).sum().sqrt() if mesh.data_rank == mesh.data_ranks - 1 else output.sum()
+        assert torch.isfinite(bad)
+        engine.backward(bad)
+    assert not engine.step(OPTIMIZER.learning_rate)
+    after = _whole(engine, mesh)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def _train(mesh: Mesh) -> dict:
     results = {}
     for stage in (0, 1, 2, 3):
@@ -98,6 +111,7 @@ def _train(mesh: Mesh) -> dict:
                     assert module(probe).abs().max() == 0
                 with engine.evaluation(None) as module:
                     assert torch.equal(module(probe), before)
+                _refuses_infinite_gradients(engine, mesh, micro, dtype)
                 results[stage, precision, micro] = (taken, weights)
                 engine.close()
     return results

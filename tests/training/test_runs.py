@@ -12,7 +12,9 @@ from pgm_scale.checkpoint.fragments import KINDS
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
-from pgm_scale.errors import UserError
+from pgm_scale.errors import NonFiniteError, UserError
+from pgm_scale.objectives.base import LossTerms
+from pgm_scale.objectives.pgm import PGMObjective
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.training.loop import train_on_mesh
 from pgm_scale.training.signals import StopFlag
@@ -153,6 +155,43 @@ def test_every_objective_learns(data: Path, tmp_path: Path) -> None:
         # A row repeats one token, so any context tells it; without context it costs ln 22 = 3.09 nats.
         assert record["validation_nll"] < 2.2, objective
         assert (tmp_path / str(number) / "samples" / "step_00000120.txt").stat().st_size > 20
+
+
+def _train_with_a_nan(mesh: Mesh, config: RunConfig) -> str:
+    """Rank 1 meets a NaN in the fifth step; returns the error and proves that all ranks have one."""
+    calls = 0
+    terms_of = PGMObjective.terms
+
+    def poisoned(self: PGMObjective, *arguments: Any) -> LossTerms:
+        nonlocal calls
+        calls += 1
+        terms = terms_of(self, *arguments)
+        if calls == 5 and mesh.rank == 1:
+            terms.loss_S = terms.loss_S * float("nan")
+        return terms
+
+    PGMObjective.terms = poisoned  # type: ignore[method-assign]
+    try:
+        _train(mesh, config)
+    except NonFiniteError as error:
+        messages = mesh.gather(str(error))
+        assert len(set(messages)) == 1
+        return messages[0]
+    finally:
+        PGMObjective.terms = terms_of  # type: ignore[method-assign]
+    raise AssertionError("the NaN was trained on")
+
+
+def test_a_nan_on_one_rank_stops_all_before_the_update(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        data, tmp_path, training={"micro_batch_sequences": 4}, checkpoint={"interval_steps": 4}
+    )
+    message = run_ranks(2, _train_with_a_nan, config)
+    assert "at step 4" in message
+    assert "rank 1 (samples 36 to 39)" in message
+    assert "rank 0" not in message
+    assert CheckpointStore(tmp_path).steps() == [4]
+    assert [record["step"] for record in _records(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_changed_setting_is_refused_with_a_diff(data: Path, tmp_path: Path) -> None:
