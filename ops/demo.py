@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -60,12 +61,13 @@ def main() -> int:
 
 def run_command(*arguments: str) -> str:
     """Run `pgm-scale` with the arguments, showing the command and what it says on stderr; returns its stdout."""
-    print(f"\n$ pgm-scale {' '.join(arguments)}", flush=True)
+    print(f"\n$ pgm-scale {shlex.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "pgm_scale.cli", *arguments]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if finished.returncode:
         sys.exit(f"the demo stops: that command ended with exit code {finished.returncode}")
-    print(finished.stdout, end="", flush=True)
+    if "jsonl" not in arguments:  # samples are shown by the report
+        print(finished.stdout, end="", flush=True)
     return finished.stdout
 
 
@@ -97,7 +99,7 @@ def steps_within_budget() -> int:
 
 def train_and_stop_half_way(train: tuple[str, ...], steps: int) -> int:
     """Start training and send SIGTERM, as a cluster would, when half of the steps are done."""
-    print(f"\n$ pgm-scale {' '.join(train)}   # and SIGTERM half way", flush=True)
+    print(f"\n$ pgm-scale {shlex.join(train)}   # and SIGTERM half way", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "pgm_scale.cli", *train])
     metrics = FOLDER / "run" / "metrics.jsonl"
     while process.poll() is None:

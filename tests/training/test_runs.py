@@ -170,7 +170,7 @@ def _train_with_a_nan(mesh: Mesh, config: RunConfig) -> str:
             terms.loss_S = terms.loss_S * float("nan")
         return terms
 
-    PGMObjective.terms = poisoned  # type: ignore[method-assign]
+    PGMObjective.terms = poisoned  # type: ignore[method-assign, assignment]
     try:
         _train(mesh, config)
     except NonFiniteError as error:
