@@ -76,8 +76,8 @@ def test_the_order_of_durable_operations(tmp_path):
         "fsync .step_00000002.saving",
         "rename .step_00000002.saving",
         "fsync checkpoints",
-        "fsync .LATEST.tmp",
-        "replace .LATEST.tmp",
+        "fsync .LATEST.writing",
+        "replace .LATEST.writing",
         "fsync checkpoints",
     ]
 
