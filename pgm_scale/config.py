@@ -361,13 +361,13 @@ def _parse_kind(members: list[Any], value: Any, problems: list[str], where: str)
     tree = dict(value)
     size = tree.pop("size", None) if where == "model" else None
     if size is not None:
-        if size not in MODEL_SIZES:
+        if not isinstance(size, str) or size not in MODEL_SIZES:
             problems.append(f"{where}.size: unknown size {size!r}{_nearest(str(size), MODEL_SIZES)}")
             return None
         tree = MODEL_SIZES[size] | tree
     by_kind = {typing.get_args(typing.get_type_hints(m)["kind"])[0]: m for m in members}
     kind = tree.get("kind", next(iter(by_kind)))
-    if kind not in by_kind:
+    if not isinstance(kind, str) or kind not in by_kind:
         problems.append(
             f"{where}.kind: {kind!r} is not one of {', '.join(by_kind)}{_nearest(str(kind), by_kind)}"
         )
