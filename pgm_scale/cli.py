@@ -22,9 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except UserError as error:
-        rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-        print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        print(f"{'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return error.exit_code
+    except MemoryError as error:
+        print(f"not enough memory ({error}); ask for less at a time", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -114,8 +117,12 @@ def _eval(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from pgm_scale.evaluation.run import evaluate_run
-    from pgm_scale.files import atomic_write_bytes
+    from pgm_scale.files import atomic_write_bytes, finite
 
+    if options.json:
+        output = Path(options.json).absolute()
+        if output.is_dir() or not os.access(output.parent, os.W_OK):
+            raise UserError(f"--json {options.json}: give a file in a folder that can be written")
     result = evaluate_run(
         options.run_folder, options.split, options.sequences, options.draws, options.batch, options.weights
     )
@@ -125,7 +132,7 @@ def _eval(options: argparse.Namespace) -> None:
         f"{result['draws']} draw(s), step {result['step']}, {result['weights']} weights)"
     )
     if options.json:
-        atomic_write_bytes(Path(options.json), (json.dumps(result, indent=2) + "\n").encode())
+        atomic_write_bytes(Path(options.json), (json.dumps(finite(result), indent=2) + "\n").encode())
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
@@ -223,10 +230,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1 << 40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -262,7 +263,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """
     tree = read_yaml(path)
     problems: list[str] = []
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("model.size=")):
         _apply_override(tree, override, problems)
     config = parse(RunConfig, tree, problems)
     if config is not None and not problems:
@@ -280,7 +281,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top, found {type(tree).__name__}")
@@ -401,45 +402,88 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         tree = child
     try:
         tree[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         tree[key] = text
+    if (sections, key) == (["model"], "size"):
+        # It must win over the keys that the file gives; overrides of these come after it.
+        for named in MODEL_SIZES.get(str(tree[key]), {}):
+            tree.pop(named, None)
+
+
+# Least and greatest value of every number; a model or objective may not have all of them.
+_AT_LEAST_ONE = (1, math.inf)
+_FROM_ZERO = (0, math.inf)
+_UP_TO_ONE = (0.0, 1.0)
+_TINY = 1e-300  # above 0
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.shuffle_block_shards": _AT_LEAST_ONE,
+    "model.hidden_size": _AT_LEAST_ONE,
+    "model.num_heads": _AT_LEAST_ONE,
+    "model.num_encoder_blocks": _FROM_ZERO,
+    "model.num_decoder_blocks": _FROM_ZERO,
+    "model.num_blocks": _FROM_ZERO,
+    "model.condition_size": _AT_LEAST_ONE,
+    "model.dropout": (0.0, 0.999),
+    "objective.minimum_time": (0.0, 0.5),
+    "objective.diffusion_steps": _FROM_ZERO,
+    "objective.cross_entropy_weight": _FROM_ZERO,
+    "optimizer.learning_rate": (_TINY, 1e6),
+    "optimizer.epsilon": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, 1e6),
+    "optimizer.gradient_clip_norm": (_TINY, 1e30),
+    "optimizer.warmup_steps": _FROM_ZERO,
+    "optimizer.final_ratio": _UP_TO_ONE,
+    "training.steps": _AT_LEAST_ONE,
+    "training.global_batch_sequences": _AT_LEAST_ONE,
+    "training.micro_batch_sequences": _AT_LEAST_ONE,
+    "training.seed": (0, 2**63 - 1),
+    "training.ema_decay": (0.0, 0.9999999),
+    "training.log_interval_steps": _AT_LEAST_ONE,
+    "checkpoint.interval_steps": _AT_LEAST_ONE,
+    "checkpoint.keep_last": _AT_LEAST_ONE,
+    "checkpoint.milestone_interval_steps": _FROM_ZERO,
+    "sampler.steps": _AT_LEAST_ONE,
+    "sampler.temperature": (_TINY, 1e6),
+    "sampler.top_p": (_TINY, 1.0),
+    "sampler.top_k": _FROM_ZERO,
+    "validation.interval_steps": _AT_LEAST_ONE,
+    "validation.sequences": _AT_LEAST_ONE,
+    "validation.samples": _FROM_ZERO,
+}
 
 
 def inconsistencies(config: RunConfig) -> list[str]:
-    """What each key allows but their combination does not; the world size is checked by `parallel.mesh`."""
+    """Values out of range, and what each key allows but their combination does not.
+
+    What depends on the number of processes is checked by `parallel.mesh.layout_problems`.
+    """
     problems = []
-    model, training, optimizer = config.model, config.training, config.optimizer
+    for name, (low, high) in _RANGES.items():
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key, low)
+        if not low <= value <= high:  # so written, NaN fails
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            problems.append(f"{name}: {value} must be {bounds}")
+    for beta in config.optimizer.betas:
+        if not 0 <= beta < 1:
+            problems.append(f"optimizer.betas: {beta} must be at least 0 and below 1")
+    model, training = config.model, config.training
     needed = _MODEL_OF_OBJECTIVE[config.objective.kind]
     if model.kind != needed:
         problems.append(f"objective.kind {config.objective.kind} needs model.kind {needed}, not {model.kind}")
-    positive = {
-        "model.hidden_size": model.hidden_size,
-        "model.num_heads": model.num_heads,
-        "training.steps": training.steps,
-        "training.global_batch_sequences": training.global_batch_sequences,
-        "training.micro_batch_sequences": training.micro_batch_sequences,
-        "training.log_interval_steps": training.log_interval_steps,
-        "checkpoint.interval_steps": config.checkpoint.interval_steps,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "validation.interval_steps": config.validation.interval_steps,
-        "validation.sequences": config.validation.sequences,
-        "data.shuffle_block_shards": config.data.shuffle_block_shards,
-        "sampler.steps": config.sampler.steps,
-        "optimizer.learning_rate": optimizer.learning_rate,
-        "optimizer.gradient_clip_norm": optimizer.gradient_clip_norm,
-    }
-    problems += [f"{name}: {value} must be greater than 0" for name, value in positive.items() if value <= 0]
     if model.num_heads > 0 and model.hidden_size % (2 * model.num_heads):
         problems.append(
             f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads} "
             "into heads of even size; change one of them"
         )
-    if not 0 <= model.dropout < 1:
-        problems.append(f"model.dropout: {model.dropout} is not in [0, 1)")
-    if not 0 <= training.ema_decay < 1:
-        problems.append(f"training.ema_decay: {training.ema_decay} is not in [0, 1); 0 turns the average off")
-    if optimizer.warmup_steps < 0:
-        problems.append(f"optimizer.warmup_steps: {optimizer.warmup_steps} is negative")
+    if (
+        training.micro_batch_sequences > 0
+        and training.global_batch_sequences % training.micro_batch_sequences
+    ):
+        problems.append(
+            f"training.global_batch_sequences {training.global_batch_sequences} is not divisible by "
+            f"micro_batch_sequences {training.micro_batch_sequences}; change one of them"
+        )
     return problems
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +18,13 @@ from rich.table import Table
 
 from pgm_scale import __version__
 from pgm_scale import config as configuration
-from pgm_scale.config import RunConfig
-from pgm_scale.data.storage import SplitStorage
+from pgm_scale.config import OptimizerConfig, RunConfig
+from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import UserError
+from pgm_scale.models import build_model
 from pgm_scale.parallel.mesh import Launch, Mesh, connect, disconnect, find_launch, layout_problems
+from pgm_scale.parallel.optimizer import build_adamw
+from pgm_scale.run_folder import RunFolder
 
 _PACKAGES = (
     "torch",
@@ -36,8 +39,6 @@ _PACKAGES = (
     "submitit",
     "numpy",
 )
-
-_MINIMUM_FREE_BYTES = 1 << 30
 
 
 def examine(config_path: str | None, overrides: Iterable[str]) -> None:
@@ -80,20 +81,19 @@ def _machine(ranks: list[str], problems: list[str]) -> Iterator[tuple[str, str]]
         yield "CUDA, NCCL", f"{torch.version.cuda}, {'.'.join(map(str, torch.cuda.nccl.version()))}"
     else:
         yield "GPU", "none: training runs on the CPU with gloo"
-    yield "NVIDIA Apex", _apex()
+    yield "optimizer", _optimizer()
     yield "C++ compiler", shutil.which("g++") or shutil.which("c++") or "none found"
     for line in ranks:
         yield "rank map", line
 
 
-def _apex() -> str:
-    if importlib.util.find_spec("apex") is None:
-        return "not installed: torch's fused AdamW is used"
-    from pgm_scale.parallel.optimizer import apex_fused_adam
-
-    if apex_fused_adam() is None:
-        return "a package called apex is installed, but it is not NVIDIA's: torch's fused AdamW is used"
-    return "apex.optimizers.FusedAdam is used on GPUs"
+def _optimizer() -> str:
+    """The AdamW that training would use, found by making one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parameter = torch.nn.Parameter(torch.zeros(1, device=device))
+    kind = type(build_adamw([parameter], OptimizerConfig(), device))
+    apex = "NVIDIA Apex" if kind.__module__.startswith("apex.") else "torch, fused; no NVIDIA Apex in use"
+    return f"{kind.__name__} ({apex})"
 
 
 def _rank_map(launch: Launch, problems: list[str]) -> list[str]:
@@ -111,27 +111,49 @@ def _rank_map(launch: Launch, problems: list[str]) -> list[str]:
 
 def _check_config(config: RunConfig, launch: Launch) -> list[str]:
     problems = layout_problems(config, launch.world_size)
-    for path in (config.data.train, config.data.validation):
+    data = config.data
+    splits = open_splits(data.train, data.validation, data.cache_folder, problems)
+    for split in splits:
+        problems += _shard_problems(split)
+    problems += _folder_problems(config, splits)
+    return problems
+
+
+def _shard_problems(split: SplitStorage) -> Iterator[str]:
+    shards = split.manifest.shards
+    checks: list[Callable[[], Path]] = [
+        split.tokenizer_path,
+        *(partial(split.shard_path, shard) for shard in shards),
+    ]
+    for check in track(checks, f"hashing {split.split}", console=Console(file=sys.stderr)):
         try:
-            storage = SplitStorage(path, config.data.cache_folder)
-            storage.tokenizer_path()
+            check()
         except UserError as error:
-            problems.append(str(error))
-            continue
-        for shard in track(storage.manifest.shards, f"hashing {path}", console=Console(file=sys.stderr)):
-            try:
-                storage.shard_path(shard)
-            except UserError as error:
-                problems.append(str(error))
-    problem = _folder_problem(Path(config.folder))
-    return problems + ([problem] if problem else [])
+            yield str(error)
 
 
-def _folder_problem(folder: Path) -> str | None:
+def _folder_problems(config: RunConfig, splits: list[SplitStorage]) -> Iterator[str]:
+    """Whether the run folder can be written, goes on with what is in it, and has room for the checkpoints."""
+    folder = Path(config.folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK):
-        return f"folder: {existing} cannot be written; choose another run folder"
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        yield f"folder: {existing} cannot be written as a folder; choose another run folder"
+        return
+    if not splits:
+        return
+    manifest = splits[0].manifest
+    if (folder / "run.json").exists():
+        try:
+            RunFolder(folder).check_continues(config, manifest)
+        except UserError as error:
+            yield str(error)
+    with torch.device("meta"):
+        model = build_model(config.model, manifest.vocabulary.size, manifest.length_tokens)
+    # Weights, two moments and EMA in fp32; a new checkpoint is written before the oldest is deleted.
+    needed_bytes = sum(p.numel() for p in model.parameters()) * 16 * (config.checkpoint.keep_last + 1)
     free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < _MINIMUM_FREE_BYTES:
-        return f"folder: only {free_bytes / 2**20:.0f} MiB are free at {existing}; make room for checkpoints"
-    return None
+    if free_bytes < needed_bytes:
+        yield (
+            f"folder: {free_bytes / 2**30:.1f} GiB are free at {existing}, but {config.checkpoint.keep_last + 1} "
+            f"checkpoints take {needed_bytes / 2**30:.1f} GiB; make room, or lower checkpoint.keep_last"
+        )

@@ -28,6 +28,7 @@ from pgm_scale import config as configuration
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.data.manifest import DatasetManifest, Vocabulary
+from pgm_scale.data.storage import is_remote
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
 from pgm_scale.models import build_model
@@ -82,25 +83,31 @@ class RunFolder:
         Raises:
             UserError: a setting that a run must keep, or the data, differs: the differences are listed.
         """
-        identity = RunIdentity.new(train)
-        if self.identity_path.exists():
-            stored = self.identity()
-            problems = _config_differences(self.config(), config)
-            problems += _identity_differences(stored, identity)
-            if problems:
-                raise UserError(
-                    f"{self.path} holds a run that this configuration does not continue:\n  "
-                    + "\n  ".join(problems)
-                    + "\n  put these back, or train in a new folder"
-                )
-            identity = stored
-        else:
+        stored = self.check_continues(config, train) if self.identity_path.exists() else None
+        if stored is None:
             self.path.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(tokenizer_path, self.tokenizer_path)
-            content = json.dumps(dataclasses.asdict(identity), indent=2) + "\n"
-            atomic_write_bytes(self.identity_path, content.encode())
-        atomic_write_bytes(self.config_path, configuration.to_yaml(config).encode())
+        atomic_write_bytes(self.config_path, configuration.to_yaml(_with_absolute_paths(config)).encode())
+        if stored is not None:
+            return stored
+        # Last: its presence says that the description is whole.
+        identity = RunIdentity.new(train)
+        content = json.dumps(dataclasses.asdict(identity), indent=2) + "\n"
+        atomic_write_bytes(self.identity_path, content.encode())
         return identity
+
+    def check_continues(self, config: RunConfig, train: DatasetManifest) -> RunIdentity:
+        """The identity of the run that is there, if `config` and the data go on with it; else a `UserError`."""
+        stored = self.identity()
+        problems = _config_differences(self.config(), config)
+        problems += _identity_differences(stored, RunIdentity.new(train))
+        if problems:
+            raise UserError(
+                f"{self.path} holds a run that this configuration does not continue:\n  "
+                + "\n  ".join(problems)
+                + "\n  put these back, or train in a new folder"
+            )
+        return stored
 
     def config(self) -> RunConfig:
         if not self.config_path.exists():
@@ -119,6 +126,15 @@ class RunFolder:
         if problems:
             raise UserError(f"{self.identity_path} is damaged: {'; '.join(problems)}; restore it")
         return identity
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """So that the run can be evaluated from any working folder."""
+    data = config.data
+    train, validation = (
+        path if is_remote(path) else str(Path(path).absolute()) for path in (data.train, data.validation)
+    )
+    return dataclasses.replace(config, data=dataclasses.replace(data, train=train, validation=validation))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

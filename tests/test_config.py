@@ -101,10 +101,60 @@ def test_odd_files_are_one_message(tmp_path: Path, text: str, message: str) -> N
         configuration.load(path)
 
 
-@pytest.mark.parametrize("override", ["novalue", "=3", "folder.deeper=1", "training.steps=x"])
+def test_a_size_on_the_command_line_wins_over_the_keys_of_the_file() -> None:
+    demo = next(path for path in CONFIGS if path.name == "demo.yaml")
+    model = configuration.load(
+        demo, ["model.dropout=0.3", "model.hidden_size=64", "model.size=pgm-6-6-1024"]
+    ).model
+    assert configuration.to_mapping(model) == configuration.to_mapping(model) | MODEL_SIZES[
+        "pgm-6-6-1024"
+    ] | {
+        "hidden_size": 64,
+        "dropout": 0.3,
+    }
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "novalue",
+        "=3",
+        "folder.deeper=1",
+        "training.steps=x",
+        "training.steps=0",
+        "training.steps=2020-99-99",
+        "training.seed=-1",
+        "optimizer.betas=[2, 3]",
+        "optimizer.learning_rate=nan",
+        "optimizer.epsilon=-1",
+        "model.condition_size=0",
+        "model.num_encoder_blocks=-1",
+        "objective.minimum_time=2",
+        "validation.samples=-1",
+        "sampler.top_p=7",
+        "sampler.temperature=-1",
+        "training.micro_batch_sequences=7",
+        "model=3",
+    ],
+)
 def test_odd_overrides_are_one_message(override: str) -> None:
     with pytest.raises(UserError):
-        configuration.load(CONFIGS[0], [override])
+        configuration.load(next(path for path in CONFIGS if path.name == "demo.yaml"), [override])
+
+
+def test_every_number_has_a_range() -> None:
+    """A new number without one would let nonsense train."""
+    numbers = set()
+    for path in CONFIGS:
+        tree = configuration.to_mapping(configuration.load(path))
+        for section, values in tree.items():
+            if isinstance(values, dict):
+                numbers |= {
+                    f"{section}.{key}"
+                    for key, value in values.items()
+                    if isinstance(value, (int, float)) and not isinstance(value, bool)
+                }
+    assert numbers - {"parallel.zero_stage"} <= configuration._RANGES.keys()
 
 
 def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:

@@ -129,6 +129,25 @@ class SplitStorage:
             ) from error
 
 
+def open_splits(
+    train: str, validation: str, cache_folder: str | None, problems: list[str]
+) -> list[SplitStorage]:
+    """The two splits of a run, which must have one vocabulary; a line is added to `problems` for each fault.
+
+    Splits that cannot be opened are left out.
+    """
+    splits = []
+    for path in (train, validation):
+        try:
+            splits.append(SplitStorage(path, cache_folder))
+        except UserError as error:
+            problems.append(str(error))
+    if len(splits) == 2:
+        differences = splits[0].manifest.differences(splits[1].manifest)
+        problems += [f"data.train and data.validation differ in {line}" for line in differences]
+    return splits
+
+
 def _fault(path: Path, sha256: str, size_bytes: int | None) -> str | None:
     """Why the file is not the one described, or None."""
     try:

@@ -59,7 +59,7 @@ def validate(
         batch = replace(batch, valid_BL=batch.valid_BL & (numbers_B < count)[:, None])
         nll_B = np.zeros(batch_sequences)
         for draw in range(draws):
-            drawn = replace(batch, sample_numbers_B=numbers_B + draw * count)
+            drawn = replace(batch, sample_numbers_B=numbers_B + (draw << 40))
             spec = DrawSpec(VALIDATION_SEED, batch_sequences)
             with torch.no_grad():
                 terms = objective.terms(model, objective.validation_inputs(drawn, spec).to(device))

@@ -39,6 +39,12 @@ class Engine:
         self._clip_norm = config.optimizer.gradient_clip_norm
         # ZeRO-0 has no partition to hold fp32 master weights: keep fp32 weights and cast in the matmuls.
         self._autocast = config.training.precision == "bf16" and self.zero_stage == 0
+        if self._autocast:
+            # Inside the model, because DeepSpeed switches off an autocast around itself.
+            model.forward = torch.autocast(mesh.device.type, dtype=torch.bfloat16)(model.forward)
+        # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU:
+        # it needs a C++ compiler and takes a minute; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Before ZeRO-3 takes the parameters apart.
         self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         model = model.to(mesh.device)
@@ -65,6 +71,7 @@ class Engine:
         if config.training.precision == "bf16" and not self._autocast:
             settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            settings["communication_data_type"] = "fp32"  # twice the bytes; bf16 would round the sums
         return settings
 
     @property
@@ -73,13 +80,7 @@ class Engine:
         return self._engine.module
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        with self._precision():
-            return self._engine(*arguments, **options)
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        if self._autocast:
-            return torch.autocast(self.mesh.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        return self._engine(*arguments, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one micro-batch's share of the global mean loss."""
@@ -121,7 +122,7 @@ class Engine:
             self.load_weights(weights)
         self._engine.eval()
         try:
-            with torch.no_grad(), self._precision():
+            with torch.no_grad():
                 yield self.module
         finally:
             self._engine.train()
@@ -133,6 +134,14 @@ class Engine:
         for entry, values in zip(self.state, weights, strict=True):
             entry.weight.copy_(values)
         self.refresh_weights()
+
+    def restore_updates(self, updates: int) -> None:
+        """Set Adam's count of updates, after `state` was written to from a checkpoint."""
+        for entry in self.state:
+            entry.step.fill_(updates)
+        for group in self._optimizer.param_groups:
+            if "step" in group:  # Apex counts there
+                group["step"] = updates
 
     def refresh_weights(self) -> None:
         """After `state` was written to: bring the weights that the model computes with up to date."""

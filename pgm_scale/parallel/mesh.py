@@ -121,7 +121,7 @@ def _slurm_port(environment: Mapping[str, str]) -> int:
     """Equal on all tasks of a step, another after each requeue, so that a dying run cannot be in the way."""
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    return 20_000 + (job * 131 + step * 17 + restarts * 7) % 40_000
+    return 20_000 + (job * 131 + step * 17 + restarts * 7) % 12_000  # below the ephemeral ports
 
 
 def free_port() -> int:
@@ -155,7 +155,8 @@ def connect(launch: Launch) -> Mesh:
     os.environ.update(
         RANK=str(launch.rank),
         WORLD_SIZE=str(launch.world_size),
-        LOCAL_RANK=str(launch.local_rank),
+        # What DeepSpeed selects its device by; a task that sees one GPU only has device 0.
+        LOCAL_RANK=str(device.index if device.type == "cuda" else launch.local_rank),
         MASTER_ADDR=launch.master_address,
         MASTER_PORT=str(launch.master_port),
     )

@@ -30,9 +30,13 @@ def build_adamw(
         "eps": config.epsilon,
         "weight_decay": config.weight_decay,
     }
+    parameters = list(parameters)
     fused_adam = apex_fused_adam() if device.type == "cuda" else None
     if fused_adam is not None:
-        return fused_adam(parameters, adam_w_mode=True, **settings)
+        try:
+            return fused_adam(parameters, adam_w_mode=True, **settings)
+        except RuntimeError:  # Apex was built without its CUDA extensions
+            pass
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 

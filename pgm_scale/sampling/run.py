@@ -92,9 +92,9 @@ def _known(run: LoadedRun, tokenizer: Tokenizer, request: SampleRequest) -> np.n
             known_BL = np.load(request.known_path, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {request.known_path}: {error}; give an int array in .npy") from None
-        if not np.issubdtype(known_BL.dtype, np.integer):
+        if not isinstance(known_BL, np.ndarray) or not np.issubdtype(known_BL.dtype, np.integer):
             raise UserError(
-                f"{request.known_path} holds {known_BL.dtype}; give integers, -1 where to generate"
+                f"{request.known_path} does not hold one array of integers (-1 where to generate)"
             )
     elif request.template:
         known_BL = known_template(request.template, tokenizer, length, bos_id)
@@ -114,7 +114,7 @@ def known_template(template: str, tokenizer: Tokenizer, length: int, bos_id: int
     tokens = [bos_id]
     for index, piece in enumerate(re.split(r"\{(\d+)\}", template)):
         if index % 2:
-            tokens += [UNKNOWN] * int(piece)
+            tokens += [UNKNOWN] * min(int(piece[:12]), length + 1)  # too many is told below
         else:
             tokens += tokenizer.encode(piece, add_special_tokens=False).ids
     if len(tokens) > length:

@@ -63,9 +63,9 @@ class Checkpointer:
                 for kind, target in self._targets(index).items():
                     source = kind if kind in kinds else "weight"
                     target.copy_(values[source, entry.name][0])
-                entry.step.fill_(state["step"])
         if self.ema is not None:
             self.ema.updates = state["ema_updates"]
+        self.engine.restore_updates(state["step"])
         self.engine.refresh_weights()
         return state
 

@@ -15,10 +15,11 @@ from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.data.loader import BatchStream, TokenLoader
 from pgm_scale.data.order import BatchPlan, GlobalOrder
-from pgm_scale.data.storage import SplitStorage
+from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import Preempted, UserError
 from pgm_scale.evaluation.time_buckets import TimeBuckets
 from pgm_scale.evaluation.validation import validate, validation_loader
+from pgm_scale.files import finite
 from pgm_scale.models import build_model
 from pgm_scale.models.flops import forward_flops_per_token
 from pgm_scale.objectives import build_objective
@@ -32,7 +33,7 @@ from pgm_scale.training.ema import ExponentialMovingAverage
 from pgm_scale.training.samples import write_validation_samples
 from pgm_scale.training.signals import StopFlag
 from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, seed_dropout, training_step
-from pgm_scale.training.tracking import open_tracker
+from pgm_scale.training.tracking import NoTracker, Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +47,17 @@ def train(config: RunConfig, launch: Launch) -> None:
         NonFiniteError: see `training_step`.
     """
     problems = layout_problems(config, launch.world_size)
-    train_split, validation_split = open_splits(config, problems)
+    splits = open_splits(config.data.train, config.data.validation, config.data.cache_folder, problems)
+    if problems:
+        raise UserError("cannot train:\n  " + "\n  ".join(problems))
+    train_split, validation_split = splits
     with ExitStack() as stack:
-        lock = stack.enter_context(RunLock(config.folder)) if launch.rank == 0 else None
-        stop = stack.enter_context(StopFlag())
         mesh = connect(launch)
         stack.callback(disconnect)
-        train_on_mesh(config, mesh, train_split, validation_split, stop, lock)
+        lock = RunLock(config.folder)
+        Peers(mesh.rank, mesh.world_size, mesh.gather).first(lock.acquire)
+        stack.callback(lock.release)
+        train_on_mesh(config, mesh, train_split, validation_split, lock)
 
 
 def train_on_mesh(
@@ -60,7 +65,6 @@ def train_on_mesh(
     mesh: Mesh,
     train_split: SplitStorage,
     validation_split: SplitStorage,
-    stop: StopFlag,
     lock: RunLock | None = None,
 ) -> None:
     """`train`, once the ranks are connected; rank 0 holds the folder's `lock`. Collective."""
@@ -71,23 +75,9 @@ def train_on_mesh(
     )
     store = CheckpointStore(run.path, peers)
     store.recover()
-    TrainingRun(config, mesh, run, identity, store, train_split, validation_split, stop, lock).run()
-
-
-def open_splits(config: RunConfig, problems: list[str]) -> tuple[SplitStorage, SplitStorage]:
-    """Both data splits, which must have one vocabulary; all problems with them are reported together."""
-    splits = []
-    for path in (config.data.train, config.data.validation):
-        try:
-            splits.append(SplitStorage(path, config.data.cache_folder))
-        except UserError as error:
-            problems.append(str(error))
-    if len(splits) == 2:
-        differences = splits[0].manifest.differences(splits[1].manifest)
-        problems += [f"data.train and data.validation differ in {line}" for line in differences]
-    if problems:
-        raise UserError("cannot train:\n  " + "\n  ".join(problems))
-    return splits[0], splits[1]
+    session = TrainingRun(config, mesh, run, identity, store, train_split, validation_split, lock)
+    with StopFlag() as stop:  # from here on a signal is answered at the next step
+        session.run(stop)
 
 
 class TrainingRun:
@@ -102,11 +92,10 @@ class TrainingRun:
         store: CheckpointStore,
         train_split: SplitStorage,
         validation_split: SplitStorage,
-        stop: StopFlag,
         lock: RunLock | None,
     ) -> None:
         self.config, self.mesh, self.folder, self.identity = config, mesh, folder, identity
-        self.train_split, self.stop, self.lock = train_split, stop, lock
+        self.train_split, self.lock = train_split, lock
         seed_dropout(config.training.seed, 0, 0, 0)  # the initial weights are equal on all ranks
         model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
         self.objective = build_objective(config.objective, identity.vocabulary)
@@ -118,11 +107,13 @@ class TrainingRun:
         self.validation_loader = validation_loader(validation_split)
         self.first_step = self._resume()
         self.console = metrics.ConsoleReport(config.training.steps, self.first_step, mesh.is_main)
-        self.file = metrics.MetricsFile(folder.metrics_path, self.first_step) if mesh.is_main else None
-        self.tracker = open_tracker(config, identity.run_id, folder.path, mesh.is_main)
+        self.file: metrics.MetricsFile | None = None
+        self.tracker: Tracker = NoTracker()
+        store.peers.first(self._open_outputs)
         self.throughput = metrics.Throughput()
         self.buckets = TimeBuckets()
         self._losses: list[float] = []
+        self._tokens_per_step = config.training.global_batch_sequences * identity.length_tokens
         # Backward costs twice the forward (PaLM, appendix B).
         self._flops_per_token = 3 * forward_flops_per_token(
             config.model, identity.vocabulary.size, identity.length_tokens
@@ -135,9 +126,21 @@ class TrainingRun:
         self.checkpointer.restore(step)
         return step
 
-    def run(self) -> None:
+    def _open_outputs(self) -> None:
+        self.file = metrics.MetricsFile(self.folder.metrics_path, self.first_step)
+        self.tracker = open_tracker(self.config, self.identity.run_id, self.folder.path)
+
+    def run(self, stop: StopFlag) -> None:
+        """Train until the last step, or until a signal has been seen by any rank."""
+        with ExitStack() as stack:
+            stack.callback(self._close)
+            self._loop(stop)
+
+    def _loop(self, stop: StopFlag) -> None:
         config = self.config
-        if self.first_step:
+        if self.first_step >= config.training.steps:
+            self.console.say(f"nothing to do: step {self.first_step} of {config.training.steps} is reached")
+        elif self.first_step:
             self.console.say(f"resumed from the checkpoint of step {self.first_step}")
         with self._stream() as stream:
             self.throughput.restart()
@@ -150,16 +153,14 @@ class TrainingRun:
                     self.ema,
                     config,
                     self.mesh,
-                    self.stop.signal_name is not None,
+                    stop.signal_name is not None,
                 )
                 self._after_step(step + 1, result, stream)
                 if result.stop_requested and step + 1 < config.training.steps:
-                    self._close()
                     raise Preempted(
                         f"stopped by a signal after step {step + 1}, which is saved in {self.folder.path}; "
                         "run the same command to go on"
                     )
-        self._close()
 
     def _stream(self) -> BatchStream[MicroBatch]:
         config, mesh = self.config, self.mesh
@@ -184,32 +185,32 @@ class TrainingRun:
         """What is due after `step` finished updates: record, validate, save."""
         config = self.config
         last = step == config.training.steps
-        self.throughput.tokens += result.scored_tokens
+        self.throughput.tokens += self._tokens_per_step
         self._losses.append(result.loss)
         for terms in result.terms:
             self.buckets.add(terms)
         self.console.step(step)
         validates = last or step % config.validation.interval_steps == 0
-        if validates or result.stop_requested or step % config.training.log_interval_steps == 0:
-            record = self._record(step, result, stream)
-            paused_s = time.perf_counter()
-            if validates:
-                record |= self._validate(step)
-            if last or result.stop_requested or step % config.checkpoint.interval_steps == 0:
-                self._save(step)
-            self.throughput.exclude(time.perf_counter() - paused_s)
+        saves = last or result.stop_requested or step % config.checkpoint.interval_steps == 0
+        records = validates or saves or step % config.training.log_interval_steps == 0
+        record = self._record(step, result, stream) if records else {}
+        paused_s = time.perf_counter()
+        if result.stop_requested:
+            self._save(step)  # first, as the scheduler may not wait for a validation
+        if validates:
+            record |= self._validate(step)
+        if records:
             self._write(step, record)
-        elif step % config.checkpoint.interval_steps == 0:
-            paused_s = time.perf_counter()
-            self._save(step)
-            self.throughput.exclude(time.perf_counter() - paused_s)
+        if saves:
+            self._save(step)  # after the record, which a resume from this step must find
+        self.throughput.exclude(time.perf_counter() - paused_s)
 
     def _record(self, step: int, result: StepResult, stream: BatchStream[MicroBatch]) -> dict[str, Any]:
         """The training metrics of the steps since the last record."""
         buckets = TimeBuckets()
         buckets.merge(self.mesh.sum(self.buckets.state()))
         speed = self.throughput.tokens_per_second()
-        peak = metrics.peak_flops(self.mesh.device)
+        peak = metrics.peak_flops(self.mesh.device, self.config.training.precision)
         record = {
             "step": step,
             "samples": step * self.config.training.global_batch_sequences,
@@ -259,7 +260,8 @@ class TrainingRun:
         }
 
     def _save(self, step: int) -> None:
-        self.store.peers.first(lambda: self.lock.check() if self.lock else None)
+        if self.lock is not None:
+            self.store.peers.first(self.lock.check)
         self.checkpointer.save(step, {"run_id": self.identity.run_id})
         keep = self.config.checkpoint
         self.store.purge(keep.keep_last, keep.milestone_interval_steps)
@@ -268,12 +270,10 @@ class TrainingRun:
         if self.file is not None:
             self.file.write({**record, "unix_time_s": time.time()})
         self.console.record(record)
-        scalars = {
-            key: value for key, value in metrics.finite(record).items() if isinstance(value, (int, float))
-        }
+        scalars = {key: value for key, value in finite(record).items() if isinstance(value, (int, float))}
         for bucket, value in enumerate(record["cross_entropy_by_mask_fraction"]):
             scalars[f"cross_entropy_by_mask_fraction/{bucket / 10:.1f}"] = value
-        self.tracker.log(step, metrics.finite(scalars))
+        self.tracker.log(step, finite(scalars))
 
     def _close(self) -> None:
         self.console.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -14,13 +13,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Dense bf16 FLOP/s from NVIDIA's data sheets; MFU is reported only where the peak is known.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+from pgm_scale.files import atomic_write_bytes, finite
+
+# Dense bf16 FLOP/s from NVIDIA's data sheets, by a part of the device's name (of the SXM modules).
+_PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100-SXM": 312e12, "A100-PCIE": 312e12}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 FLOP/s of a known GPU, None elsewhere."""
-    if device.type != "cuda":
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak bf16 FLOP/s of a known GPU; None elsewhere and in fp32: MFU is reported only where it is known."""
+    if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
@@ -46,7 +47,7 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # the last line of a killed run may be cut
-        path.write_text("".join(kept), encoding="utf-8")
+        atomic_write_bytes(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -55,15 +56,6 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def finite(value: Any) -> Any:
-    """Containers with None in the place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Throughput:

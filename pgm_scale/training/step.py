@@ -96,10 +96,10 @@ def seed_dropout(seed: int, step: int, micro_step: int, data_rank: int) -> None:
 def _refuse_non_finite(
     what: str, step: int, finite_here: bool, batches: list[MicroBatch], mesh: Mesh
 ) -> None:
-    first, last = batches[0].sample_numbers_B[0], batches[-1].sample_numbers_B[-1]
-    reports = mesh.gather(None if finite_here else f"rank {mesh.rank} (samples {first} to {last})")
+    ranges = [f"{b.sample_numbers_B[0]} to {b.sample_numbers_B[-1]}" for b in batches]
+    reports = mesh.gather(None if finite_here else f"rank {mesh.rank} (samples {', '.join(ranges)})")
     named = [report for report in reports if report is not None]
-    where = ", ".join(named) if named else f"all ranks (samples from {first})"
+    where = ", ".join(named) if named else f"all ranks (samples from {batches[0].sample_numbers_B[0]})"
     raise NonFiniteError(
         f"{what} is not finite at step {step} on {where}; no weights were changed by it and the last "
         "checkpoint stands: look at these samples, or lower optimizer.learning_rate"

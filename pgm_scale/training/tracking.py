@@ -64,7 +64,7 @@ class WandbTracker:
         self._run.finish()
 
 
-def open_tracker(config: RunConfig, run_id: str, folder: Path, is_main: bool) -> Tracker:
-    if config.tracking.wandb == "disabled" or not is_main:
+def open_tracker(config: RunConfig, run_id: str, folder: Path) -> Tracker:
+    if config.tracking.wandb == "disabled":
         return NoTracker()
     return WandbTracker(config, run_id, folder)

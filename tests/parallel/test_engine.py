@@ -101,7 +101,10 @@ def _train(mesh: Mesh) -> dict:
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             for micro in (ROWS // mesh.data_ranks, ROWS // mesh.data_ranks // 2):
                 engine = _engine(mesh, stage, precision, micro)
-                dtype = torch.float32 if stage == 0 else dtype
+                dtype = torch.float32 if stage == 0 else dtype  # ZeRO-0 keeps fp32 weights under autocast
+                if stage == 0:
+                    autocast = engine(_rows(0)[:micro]).dtype
+                    assert autocast == (torch.bfloat16 if precision == "bf16" else torch.float32)
                 taken = [_take_step(engine, mesh, step, micro, dtype) for step in range(STEPS)]
                 weights = _whole(engine, mesh)
                 probe = _rows(99).to(dtype)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from pgm_scale.files import finite
 from pgm_scale.parallel.state import ParameterState
 from pgm_scale.training.ema import ExponentialMovingAverage
-from pgm_scale.training.metrics import MetricsFile, finite
+from pgm_scale.training.metrics import MetricsFile
 from pgm_scale.training.signals import StopFlag
 from pgm_scale.training.step import seed_dropout
 from pgm_scale.training.tracking import open_tracker
@@ -116,7 +117,7 @@ def test_wandb_sessions_share_a_run_and_no_step_is_sent_twice(
     config = tiny_config(tmp_path, tmp_path, tracking={"wandb": "offline"})
     values: dict[str, Any] = {"loss": 1.0, "validation_nll": None}
     for steps in (range(1, 6), range(4, 9)):  # the second session resumes from a checkpoint of step 3
-        tracker = open_tracker(config, "abc123", tmp_path, is_main=True)
+        tracker = open_tracker(config, "abc123", tmp_path)
         for step in steps:
             tracker.log(step, values)
         tracker.close()

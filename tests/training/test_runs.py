@@ -17,7 +17,6 @@ from pgm_scale.objectives.base import LossTerms
 from pgm_scale.objectives.pgm import PGMObjective
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.training.loop import train_on_mesh
-from pgm_scale.training.signals import StopFlag
 from tests.distributed import run_ranks
 from tests.tiny_data import tiny_config, write_tiny_data
 
@@ -36,7 +35,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(mesh: Mesh, config: RunConfig) -> None:
     train_split, validation_split = SplitStorage(config.data.train), SplitStorage(config.data.validation)
-    train_on_mesh(config, mesh, train_split, validation_split, StopFlag())
+    train_on_mesh(config, mesh, train_split, validation_split)
 
 
 def _train_all(mesh: Mesh, configs: list[RunConfig]) -> None:
