@@ -86,7 +86,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from pgm_scale import config as configuration
-    from pgm_scale.parallel.mesh import find_launch
+    from pgm_scale.parallel.launch import find_launch
 
     config, launch = configuration.load(options.config, options.overrides), find_launch()
     from pgm_scale.training.loop import train

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from pgm_scale.parallel.mesh import Launch, connect, disconnect, free_port
+from pgm_scale.parallel.launch import Launch, free_port
+from pgm_scale.parallel.mesh import connect, disconnect
 
 
 def _rank_main(

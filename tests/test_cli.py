@@ -107,7 +107,7 @@ def test_torchrun_with_two_ranks_has_the_losses_of_one_process(
 
 
 def test_srun_environment_starts_a_rank_a_task(tmp_path: Path) -> None:
-    from pgm_scale.parallel.mesh import free_port
+    from pgm_scale.parallel.launch import free_port
 
     base = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     step = {

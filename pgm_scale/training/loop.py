@@ -25,7 +25,8 @@ from pgm_scale.models.flops import forward_flops_per_token
 from pgm_scale.objectives import build_objective
 from pgm_scale.objectives.base import DrawSpec
 from pgm_scale.parallel.engine import Engine
-from pgm_scale.parallel.mesh import Launch, Mesh, connect, disconnect, layout_problems
+from pgm_scale.parallel.launch import Launch
+from pgm_scale.parallel.mesh import Mesh, connect, disconnect, layout_problems
 from pgm_scale.run_folder import RunFolder, RunIdentity
 from pgm_scale.training import metrics
 from pgm_scale.training.checkpointing import Checkpointer

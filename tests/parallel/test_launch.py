@@ -1,9 +1,9 @@
-"""Ranks from the environments of torchrun and srun, and layouts that do not divide."""
+"""Ranks from the environments of torchrun and srun."""
 
 import pytest
 
 from pgm_scale.errors import UserError
-from pgm_scale.parallel.mesh import find_launch, first_host
+from pgm_scale.parallel.launch import find_launch, first_host
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 SRUN = {
