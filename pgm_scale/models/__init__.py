@@ -23,10 +23,15 @@ from pgm_scale.models.autoregressive import AutoregressiveTransformer
 from pgm_scale.models.dit import DiffusionTransformer
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
 from pgm_scale.models.partition_transformer import PartitionTransformer
+from pgm_scale.models.stages import Span
 
 
 def build_model(
-    config: ModelConfig, vocab_size: int, length: int, layers: LayerBuilder = LOCAL_LAYERS
+    config: ModelConfig,
+    vocab_size: int,
+    length: int,
+    layers: LayerBuilder = LOCAL_LAYERS,
+    span: Span | None = None,
 ) -> nn.Module:
     """The model of a config, freshly initialised from the global torch generator.
 
@@ -35,11 +40,12 @@ def build_model(
         vocab_size: tokens, the mask included.
         length: longest sequence, which sizes the position tables.
         layers: makes the linears; plain torch ones by default.
+        span: the units that a pipeline stage holds; all by default.
     """
     match config:
         case PartitionTransformerConfig():
-            return PartitionTransformer(config, vocab_size, length, layers)
+            return PartitionTransformer(config, vocab_size, length, layers, span)
         case DiffusionTransformerConfig():
-            return DiffusionTransformer(config, vocab_size, length, layers)
+            return DiffusionTransformer(config, vocab_size, length, layers, span)
         case AutoregressiveTransformerConfig():
-            return AutoregressiveTransformer(config, vocab_size, length, layers)
+            return AutoregressiveTransformer(config, vocab_size, length, layers, span)

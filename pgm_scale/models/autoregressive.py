@@ -12,6 +12,7 @@ from pgm_scale.config import AutoregressiveTransformerConfig
 from pgm_scale.models.blocks import Attend, OutputLayer, SelfAttentionBlock
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder, RotaryTable
 from pgm_scale.models.readout import Readout, logits
+from pgm_scale.models.stages import Span, numbered, whole_span
 
 
 class KeyValueCache:
@@ -37,7 +38,7 @@ class KeyValueCache:
 
 
 class AutoregressiveTransformer(nn.Module):
-    """Logits of the token after each position."""
+    """Logits of the token after each position. A pipeline stage holds a `span` of its units (`models.stages`)."""
 
     def __init__(
         self,
@@ -45,19 +46,30 @@ class AutoregressiveTransformer(nn.Module):
         vocab_size: int,
         length: int,
         layers: LayerBuilder = LOCAL_LAYERS,
+        span: Span | None = None,
     ):
         super().__init__()
         self.config, self.vocab_size, self.length = config, vocab_size, length
-        self.vocab_embed = layers.vocab_embedding(vocab_size, config.hidden_size)
-        self.rotary_emb = RotaryTable(length, config.hidden_size // config.num_heads)
-        self.blocks = nn.ModuleList(
-            SelfAttentionBlock(config.hidden_size, config.num_heads, config.dropout, None, layers)
-            for _ in range(config.num_blocks)
+        self.span = span = span or whole_span(config)
+        hidden = config.hidden_size
+        self.vocab_embed = layers.vocab_embedding(vocab_size, hidden) if 0 in span else None
+        self.rotary_emb = RotaryTable(length, hidden // config.num_heads)
+        self.blocks = numbered(
+            {
+                number: SelfAttentionBlock(hidden, config.num_heads, config.dropout, None, layers)
+                for number in span.numbers(1, config.num_blocks)
+            }
         )
-        self.output_layer = OutputLayer(config.hidden_size, vocab_size, None, layers)
+        self.output_layer = (
+            OutputLayer(hidden, vocab_size, None, layers) if 1 + config.num_blocks in span else None
+        )
 
     def forward(
-        self, tokens_Bn: Tensor, readout: Readout = logits, cache: KeyValueCache | None = None
+        self,
+        tokens_Bn: Tensor,
+        readout: Readout = logits,
+        cache: KeyValueCache | None = None,
+        received: Tensor | None = None,
     ) -> Any:
         """The readout of `[B, n, H]`; by default fp32 logits `[B, n, V]`.
 
@@ -65,16 +77,20 @@ class AutoregressiveTransformer(nn.Module):
             tokens_Bn: int64 token ids from the start of the sequence or, with a cache, from where it ends.
             readout: what to make of the hidden states.
             cache: holds earlier tokens; these ones are added to it.
+            received: the stream `[B * n, H]` of the stage before, in a stage that starts inside the model; one
+                that ends inside returns its own.
         """
         start = 0 if cache is None else cache.length_tokens
-        end = start + tokens_Bn.shape[1]
-        x_BnH = self.vocab_embed(tokens_Bn)
-        rotary = self.rotary_emb(torch.arange(start, end, device=tokens_Bn.device), x_BnH.dtype)
+        sequences, new = tokens_Bn.shape
+        x_TH = received if self.vocab_embed is None else self.vocab_embed(tokens_Bn.flatten())
+        assert x_TH is not None, "a stage without the embedding needs what the stage before it sends"
+        positions_T = torch.arange(start, start + new, device=tokens_Bn.device).repeat(sequences)
+        rotary = self.rotary_emb(positions_T, x_TH.dtype)
         for index, block in enumerate(self.blocks):
-            x_BnH = block(x_BnH, rotary, _causal_attention(cache, index))
+            x_TH = block(x_TH, rotary, _causal_attention(sequences, cache, index))
         if cache is not None:
-            cache.length_tokens = end
-        return self.output_layer(x_BnH, None, readout)
+            cache.length_tokens = start + new
+        return x_TH if self.output_layer is None else self.output_layer(x_TH, None, readout, tokens_Bn.shape)
 
     def new_cache(self, batch_sequences: int) -> KeyValueCache:
         """An empty cache for `batch_sequences` sequences, in the dtype and on the device of the weights."""
@@ -85,10 +101,11 @@ class AutoregressiveTransformer(nn.Module):
         return KeyValueCache(len(self.blocks), size_BLND, weight.dtype, weight.device)
 
 
-def _causal_attention(cache: KeyValueCache | None, block: int) -> Attend:
+def _causal_attention(sequences: int, cache: KeyValueCache | None, block: int) -> Attend:
     """Every position reads itself and what is before it, the cached tokens included."""
 
-    def attend(q_BnND: Tensor, k_BnND: Tensor, v_BnND: Tensor) -> Tensor:
+    def attend(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor) -> Tensor:
+        q_BnND, k_BnND, v_BnND = (x.unflatten(0, (sequences, -1)) for x in (q_TND, k_TND, v_TND))
         if cache is not None:
             k_BnND, v_BnND = cache.extend(block, k_BnND, v_BnND)
         q, k, v = (x.transpose(1, 2) for x in (q_BnND, k_BnND, v_BnND))
@@ -96,6 +113,7 @@ def _causal_attention(cache: KeyValueCache | None, block: int) -> Attend:
         mask = None
         if 1 < new < all_:  # torch's is_causal would align the triangle with the oldest keys
             mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=new == all_).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=new == all_)
+        return attended.transpose(1, 2).flatten(0, 1)
 
     return attend

@@ -1,4 +1,4 @@
-"""Transformer blocks and the output layer, of any layout: `[T, H]` packed or `[B, L, H]`.
+"""Transformer blocks and the output layer, over packed tokens `[T, H]`.
 
 A block is told how to attend by a function of rotated q, k and v, so one block serves the Partition
 Transformer's encoder, MDLM's transformer and the autoregressive one.
@@ -63,7 +63,7 @@ class SelfAttentionBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, condition: Tensor | None = None) -> Tensor:
-        """x `[..., H]`; condition `[c]`, or `[B, 1, c]` for x `[B, L, H]`."""
+        """x `[T, H]`; condition `[c]`, or `[B, 1, c]`, one a sequence of T = B * L tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.adaLN_modulation, condition, 6)
         q, k, v = split_heads(self.attn_qkv(self.norm1(x, shift1, scale1)), 3, self.local_heads)
         attended = attend(rotate(q, rotary), rotate(k, rotary), v).flatten(-2)
@@ -118,6 +118,7 @@ class OutputLayer(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, condition_size: int | None, layers: LayerBuilder):
         super().__init__()
+        self.all_tokens = layers.all_tokens
         self.norm_final = LayerNorm(hidden_size)
         self.linear = zero_linear(layers.vocab_linear(hidden_size, vocab_size))
         self.adaLN_modulation = (
@@ -126,9 +127,13 @@ class OutputLayer(nn.Module):
             else zero_linear(layers.replicated_linear(condition_size, 2 * hidden_size, bias=True))
         )
 
-    def forward(self, x: Tensor, condition: Tensor | None, readout: Readout) -> Any:
+    def forward(
+        self, x_TH: Tensor, condition: Tensor | None, readout: Readout, shape: tuple[int, ...] = (-1,)
+    ) -> Any:
+        """The readout of the normed states, as `[*shape, H]`."""
         shift, scale = modulation(self.adaLN_modulation, condition, 2)
-        return readout(self.norm_final(x, shift, scale), self.linear)
+        hidden_TH = self.all_tokens(self.norm_final(x_TH, shift, scale))
+        return readout(hidden_TH.unflatten(0, shape), self.linear)
 
 
 def modulation(linear: nn.Module | None, condition: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:

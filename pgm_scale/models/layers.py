@@ -2,19 +2,24 @@
 
 Precision: activations, the residual stream included, have the dtype of the embedding's weights (bf16 when the
 engine casts the module). Layer norms read and write that dtype and compute in fp32; rotary tables are kept in
-fp32 and rounded once; logits leave in fp32 (`readout`).
+fp32 and rounded once; logits leave in fp32 (`vocabulary`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgm_scale.models.vocabulary import VocabularyEmbedding, VocabularyLinear
+
+from pgm_scale.models.initialization import fill_with, ones, uniform, zeros
+
+Linear = TypeVar("Linear", bound=nn.Module)
 FREQUENCY_BASE = 10000.0
 TIME_FEATURES = 256
 
@@ -41,6 +46,12 @@ class LayerBuilder(Protocol):
 
     def vocab_linear(self, hidden_size: int, vocab_size: int) -> nn.Module: ...
 
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """This rank's share of `[T, H]` tokens where sequence parallelism splits them, else all of them."""
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """All tokens `[T, H]` from the ranks' shares; their gradients are summed over the ranks."""
+
 
 class LocalLayers:
     """One device holds everything."""
@@ -50,34 +61,35 @@ class LocalLayers:
     def column_linear(
         self, in_features: int, out_features: int, bias: bool, fused_parts: int = 1
     ) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias)
+        return fill_linear(nn.Linear(in_features, out_features, bias), in_features)
 
     def row_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias)
+        return fill_linear(nn.Linear(in_features, out_features, bias), in_features)
 
     def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias)
+        return fill_linear(nn.Linear(in_features, out_features, bias), in_features)
 
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         return VocabularyEmbedding(vocab_size, hidden_size)
 
     def vocab_linear(self, hidden_size: int, vocab_size: int) -> nn.Module:
-        return nn.Linear(hidden_size, vocab_size)
+        return VocabularyLinear(hidden_size, vocab_size)
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        return x
 
 
 LOCAL_LAYERS = LocalLayers()
 
 
-class VocabularyEmbedding(nn.Module):
-    """Token table `[V, H]`, drawn from U(-1/sqrt(H), 1/sqrt(H)) (FACTS 1.6)."""
-
-    def __init__(self, vocab_size: int, hidden_size: int):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding)
+def fill_linear(linear: Linear, in_features: int) -> Linear:
+    """A linear, split or whole, whose weight and bias start in U(-1/sqrt(in), 1/sqrt(in)), torch's default."""
+    for parameter in linear.parameters(recurse=False):
+        fill_with(parameter, uniform(in_features**-0.5))
+    return linear
 
 
 class LayerNorm(nn.Module):
@@ -89,10 +101,10 @@ class LayerNorm(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = fill_with(nn.Parameter(torch.ones(hidden_size)), ones)
 
     def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """x `[..., H]`; shift and scale either `[H]`, one for all tokens, or broadcastable to x."""
+        """x `[T, H]`; shift and scale either `[H]`, one for all tokens, or `[B, 1, H]`, one a sequence."""
         weight = self.weight
         if shift is None or scale is None:
             return F.layer_norm(x, weight.shape, weight.to(x.dtype), None)
@@ -100,7 +112,7 @@ class LayerNorm(nn.Module):
             folded = weight.float() * (1 + scale.float())
             return F.layer_norm(x, weight.shape, folded.to(x.dtype), shift.to(x.dtype))
         normed = F.layer_norm(x, weight.shape, weight.to(x.dtype), None)
-        return torch.addcmul(shift, normed, 1 + scale)
+        return torch.addcmul(shift, normed.unflatten(0, (len(scale), -1)), 1 + scale).flatten(0, 1)
 
 
 class TimeEmbedding(nn.Module):
@@ -139,9 +151,10 @@ class PositionTable(nn.Module):
     def __init__(self, length: int, size: int):
         super().__init__()
         self.length, self.size = length, size
-        self._fill(torch.get_default_device())
+        self.fill(torch.get_default_device())
 
-    def _fill(self, device: torch.device) -> None:
+    def fill(self, device: torch.device) -> None:
+        """Compute the table on `device`."""
         positions_L = torch.arange(self.length, dtype=torch.float64, device="cpu")
         exponents_K = torch.arange(0, self.size, 2, dtype=torch.float64, device="cpu") / self.size
         angles_LK = positions_L[:, None] / FREQUENCY_BASE**exponents_K
@@ -150,7 +163,7 @@ class PositionTable(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionTable:
         super()._apply(fn, recurse)
-        self._fill(self.cos_LK.device)
+        self.fill(self.cos_LK.device)
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Any:
@@ -174,12 +187,17 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def gated_residual(stream: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
-    """`stream + gate * update`; no gate is a gate of 1."""
-    return stream + update if gate is None else torch.addcmul(stream, gate, update)
+    """`stream + gate * update` of `[T, H]`; the gate is `[H]`, or `[B, 1, H]`, or none, which is a gate of 1."""
+    if gate is None:
+        return stream + update
+    if gate.dim() == 1:
+        return torch.addcmul(stream, gate, update)
+    stream, update = (x.unflatten(0, (len(gate), -1)) for x in (stream, update))
+    return torch.addcmul(stream, gate, update).flatten(0, 1)
 
 
 def zero_linear(linear: Any) -> Any:
     """The linear with weight and bias 0, as adaLN and the output linear start (FACTS 1.6)."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    for parameter in linear.parameters(recurse=False):
+        nn.init.zeros_(fill_with(parameter, zeros))
     return linear

@@ -25,6 +25,7 @@ from pgm_scale.models.blocks import (
     SelfAttentionBlock,
     split_heads,
 )
+from pgm_scale.models.initialization import fill_with, normal, ones, zeros
 from pgm_scale.models.layers import (
     LOCAL_LAYERS,
     LayerBuilder,
@@ -35,6 +36,7 @@ from pgm_scale.models.layers import (
 )
 from pgm_scale.models.readout import Readout, logits
 from pgm_scale.models.segments import Segments, segment_attention
+from pgm_scale.models.stages import Span, numbered, streams_before, whole_span
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class PartitionInputs:
 
 
 class PartitionTransformer(nn.Module):
-    """Names and initial values of the published model (FACTS 1.5, 1.6); no position tables in the state."""
+    """Names and initial values of the published model (FACTS 1.5, 1.6); no position tables in the state.
+
+    A pipeline stage holds a `span` of its units (`models.stages`); the parts of other stages are None or empty.
+    """
 
     def __init__(
         self,
@@ -79,38 +84,80 @@ class PartitionTransformer(nn.Module):
         vocab_size: int,
         length: int,
         layers: LayerBuilder = LOCAL_LAYERS,
+        span: Span | None = None,
     ):
         super().__init__()
         self.config, self.vocab_size, self.length = config, vocab_size, length
-        self.vocab_embed = layers.vocab_embedding(vocab_size, config.hidden_size)
-        self.rotary_emb = RotaryTable(length, config.hidden_size // config.num_heads)
-        self.sigma_map = TimeEmbedding(config.condition_size, layers)
-        self.encoder = Encoder(config, layers)
-        self.decoder = Decoder(config, length, layers)
-        self.output_layer = OutputLayer(config.hidden_size, vocab_size, config.condition_size, layers)
-
-    def forward(self, inputs: PartitionInputs, readout: Readout = logits) -> Any:
-        """The readout of the query positions; by default fp32 logits `[Q, V]`."""
-        x_TH = self.vocab_embed(inputs.tokens_T)
-        condition = self.sigma_map(x_TH.new_zeros(()), x_TH.dtype)
-        key_rotary = self.rotary_emb(inputs.positions_T, x_TH.dtype)
-        encoded_TH = self.encoder(x_TH, inputs.segments, key_rotary, condition)
-        decoded_QH = self.decoder(
-            encoded_TH, inputs, self.rotary_emb(inputs.query_positions_Q, x_TH.dtype), key_rotary, condition
+        self.span = span = span or whole_span(config)
+        self.group_swap_unit = 1 + config.num_encoder_blocks
+        output_unit = self.group_swap_unit + config.num_decoder_blocks + 1
+        hidden, condition = config.hidden_size, config.condition_size
+        self.vocab_embed = layers.vocab_embedding(vocab_size, hidden) if 0 in span else None
+        self.rotary_emb = RotaryTable(length, hidden // config.num_heads)
+        self.sigma_map = TimeEmbedding(condition, layers)
+        self.encoder = Encoder(config, layers, span.numbers(1, config.num_encoder_blocks))
+        self.decoder = Decoder(
+            config,
+            length,
+            layers,
+            span.numbers(self.group_swap_unit + 1, config.num_decoder_blocks),
+            has_group_swap=self.group_swap_unit in span,
         )
-        return self.output_layer(decoded_QH, condition, readout)
+        self.output_layer = (
+            OutputLayer(hidden, vocab_size, condition, layers) if output_unit in span else None
+        )
+
+    def forward(
+        self, inputs: PartitionInputs, readout: Readout = logits, received: Tensor | None = None
+    ) -> Any:
+        """The readout of the query positions; by default fp32 logits `[Q, V]`.
+
+        A stage that starts inside the model takes the streams that it has `received`, and one that ends inside
+        returns its own: see `models.stages`.
+        """
+        x = received if self.vocab_embed is None else self.vocab_embed(inputs.tokens_T)
+        assert x is not None, "a stage without the embedding needs what the stage before it sends"
+        condition = self.sigma_map(x.new_zeros(()), x.dtype)
+        rotaries = Rotaries(
+            queries=self.rotary_emb(inputs.query_positions_Q, x.dtype),
+            keys=self.rotary_emb(inputs.positions_T, x.dtype),
+        )
+        if self.span.first <= self.group_swap_unit:
+            encoded_TH = self.encoder(x, inputs.segments, rotaries.keys, condition)
+            if self.decoder.group_swap is None:
+                return encoded_TH
+            decoded_QH = self.decoder.group_swap(encoded_TH, inputs, rotaries)
+        elif x.dim() == 3:
+            decoded_QH, encoded_TH = x.unbind(0)
+        else:
+            decoded_QH = encoded_TH = x  # nothing but the output is left to do
+        decoded_QH = self.decoder(decoded_QH, encoded_TH, inputs, rotaries, condition)
+        if self.output_layer is not None:
+            return self.output_layer(decoded_QH, condition, readout)
+        sends_both = streams_before(self.config, self.span.last) == 2
+        return torch.stack([decoded_QH, encoded_TH]) if sends_both else decoded_QH
+
+
+@dataclass(frozen=True)
+class Rotaries:
+    """RoPE's cosines and sines at the positions of the queries and of the keys."""
+
+    queries: Rotary
+    keys: Rotary
 
 
 class Encoder(nn.Module):
     """Self-attention blocks, each group by itself."""
 
-    def __init__(self, config: PartitionTransformerConfig, layers: LayerBuilder):
+    def __init__(self, config: PartitionTransformerConfig, layers: LayerBuilder, numbers: range):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            SelfAttentionBlock(
-                config.hidden_size, config.num_heads, config.dropout, config.condition_size, layers
-            )
-            for _ in range(config.num_encoder_blocks)
+        self.blocks = numbered(
+            {
+                number: SelfAttentionBlock(
+                    config.hidden_size, config.num_heads, config.dropout, config.condition_size, layers
+                )
+                for number in numbers
+            }
         )
 
     def forward(self, x_TH: Tensor, segments: Segments, rotary: Rotary, condition: Tensor) -> Tensor:
@@ -121,33 +168,43 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """GroupSwap, then cross-attention blocks over the encoder's final output."""
+    """GroupSwap, whose output is the first x_QH, and cross-attention blocks over the encoder's final output."""
 
-    def __init__(self, config: PartitionTransformerConfig, length: int, layers: LayerBuilder):
+    def __init__(
+        self,
+        config: PartitionTransformerConfig,
+        length: int,
+        layers: LayerBuilder,
+        numbers: range,
+        has_group_swap: bool,
+    ):
         super().__init__()
-        self.group_swap = GroupSwap(config, length, layers)
-        self.layers = nn.ModuleList(
-            CrossAttentionBlock(
-                config.hidden_size, config.num_heads, config.dropout, config.condition_size, layers
-            )
-            for _ in range(config.num_decoder_blocks)
+        self.group_swap = GroupSwap(config, length, layers) if has_group_swap else None
+        self.layers = numbered(
+            {
+                number: CrossAttentionBlock(
+                    config.hidden_size, config.num_heads, config.dropout, config.condition_size, layers
+                )
+                for number in numbers
+            }
         )
 
     def forward(
         self,
+        x_QH: Tensor,
         encoded_TH: Tensor,
         inputs: PartitionInputs,
-        query_rotary: Rotary,
-        key_rotary: Rotary,
+        rotaries: Rotaries,
         condition: Tensor,
     ) -> Tensor:
-        attend = partial(
-            segment_attention, query_segments=inputs.query_segments, key_segments=inputs.segments
-        )
-        x_QH = self.group_swap(encoded_TH, inputs, query_rotary, key_rotary, attend)
         for layer in self.layers:
-            x_QH = layer(x_QH, encoded_TH, query_rotary, key_rotary, attend, condition)
+            x_QH = layer(x_QH, encoded_TH, rotaries.queries, rotaries.keys, attend_swapped(inputs), condition)
         return x_QH
+
+
+def attend_swapped(inputs: PartitionInputs) -> Attend:
+    """Attention of every query segment over the key segment of the same index, which is the other group's."""
+    return partial(segment_attention, query_segments=inputs.query_segments, key_segments=inputs.segments)
 
 
 class GroupSwap(nn.Module):
@@ -163,9 +220,12 @@ class GroupSwap(nn.Module):
         hidden = config.hidden_size
         parts = config.group_swap_query.split("+")
         self.local_heads = config.num_heads // layers.tensor_parallel_size
+        self.own_tokens, self.all_tokens = layers.own_tokens, layers.all_tokens
         self.aggregate = _AGGREGATES.get(parts[-1])
-        self.base_embedding = nn.Parameter(torch.randn(1, hidden))
+        self.base_embedding = fill_with(nn.Parameter(torch.randn(1, hidden)), normal)
         self.pre_query_norm = nn.LayerNorm(hidden)
+        fill_with(self.pre_query_norm.weight, ones)
+        fill_with(self.pre_query_norm.bias, zeros)
         self.query_processor: nn.Module
         if config.group_swap_processor == "linear":
             self.query_processor = layers.column_linear(hidden, hidden, bias=True)
@@ -179,25 +239,19 @@ class GroupSwap(nn.Module):
         self.output_linear = layers.row_linear(hidden, hidden, bias=True)
         self.position_table = PositionTable(length, hidden) if "freqs" in parts else None
 
-    def forward(
-        self,
-        encoded_TH: Tensor,
-        inputs: PartitionInputs,
-        query_rotary: Rotary,
-        key_rotary: Rotary,
-        attend: Attend,
-    ) -> Tensor:
+    def forward(self, encoded_TH: Tensor, inputs: PartitionInputs, rotaries: Rotaries) -> Tensor:
         queries_QH = self.base_embedding.expand(inputs.query_positions_Q.shape[0], -1)
         if self.position_table is not None:
             queries_QH = queries_QH + self.position_table(inputs.query_positions_Q, queries_QH.dtype)
         if self.aggregate is not None:
-            aggregates_SH = self.aggregate(encoded_TH, inputs.segments).to(queries_QH.dtype)
+            aggregates_SH = self.aggregate(self.all_tokens(encoded_TH), inputs.segments).to(queries_QH.dtype)
             # An embedding look-up, because its backward pass sums in a fixed order on a GPU too.
             queries_QH = queries_QH + nn.functional.embedding(inputs.query_segments.ids_T, aggregates_SH)
-        processed = self.query_processor(self.pre_query_norm(queries_QH))
+        processed = self.query_processor(self.pre_query_norm(self.own_tokens(queries_QH)))
         (q_QND,) = split_heads(processed, 1, self.local_heads)
         k_TND, v_TND = split_heads(self.hidden_to_key_value(encoded_TH), 2, self.local_heads)
-        attended = attend(rotate(q_QND, query_rotary), rotate(k_TND, key_rotary), v_TND)
+        attend = attend_swapped(inputs)
+        attended = attend(rotate(q_QND, rotaries.queries), rotate(k_TND, rotaries.keys), v_TND)
         return self.output_linear(attended.flatten(-2))
 
 

@@ -1,0 +1,60 @@
+"""Initial weights as a function of (seed, parameter name), so that every parallel layout starts from the same.
+
+Layers say how each of their parameters is filled (`fill_with`); the values are drawn for the whole tensor from a
+generator of its own, and a tensor-parallel shard takes its slice. So no rank has to build the whole model, and
+none depends on what another one draws. The cost is drawing a whole tensor on each of its tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgm_scale.tensor_slices import TensorSlice
+
+Fill = Callable[[Tensor, torch.Generator], Any]
+
+
+def fill_with(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
+    """Remember how to draw the whole tensor that this parameter is, or is a slice of."""
+    parameter.fill = fill  # type: ignore[attr-defined]
+    return parameter
+
+
+def uniform(bound: float) -> Fill:
+    return lambda whole, generator: whole.uniform_(-bound, bound, generator=generator)
+
+
+def normal(whole: Tensor, generator: torch.Generator) -> Tensor:
+    return whole.normal_(generator=generator)
+
+
+def zeros(whole: Tensor, _: torch.Generator) -> Tensor:
+    return whole.zero_()
+
+
+def ones(whole: Tensor, _: torch.Generator) -> Tensor:
+    return whole.fill_(1.0)
+
+
+def tensor_slice(parameter: nn.Parameter) -> TensorSlice:
+    """Which part of the whole tensor this parameter is; the tensor-parallel layers say so of theirs."""
+    return getattr(parameter, "slice", None) or TensorSlice.whole(tuple(parameter.shape))
+
+
+def initial_values(name: str, parameter: nn.Parameter, seed: int) -> Tensor:
+    """fp32 CPU values of this rank's part; rows that pad a vocabulary are 0."""
+    part = tensor_slice(parameter)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    whole = torch.empty(part.global_shape, dtype=torch.float32, device="cpu")
+    parameter.fill(whole, generator)  # type: ignore[attr-defined]
+    if part.is_whole:
+        return whole.view(parameter.shape)
+    values = torch.zeros(parameter.numel())
+    values[: part.numel] = part.take(whole)
+    return values.view(parameter.shape)

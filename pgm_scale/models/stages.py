@@ -1,0 +1,63 @@
+"""A model as a row of units, of which every pipeline stage holds a span.
+
+The units of the Partition Transformer are: embedding, encoder blocks, GroupSwap, decoder blocks, output. Those
+of the others: embedding, blocks, output. What passes from one unit to the next is a stream of `[T, H]`; from
+GroupSwap to the last decoder block it is two of them, the decoder's and the encoder's finished one, as
+`[2, T, H]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from torch import nn
+
+from pgm_scale.config import ModelConfig, PartitionTransformerConfig
+
+
+@dataclass(frozen=True)
+class Span:
+    """The units first, first + 1, ..., last - 1 of a model."""
+
+    first: int
+    last: int
+
+    def __contains__(self, unit: int) -> bool:
+        return self.first <= unit < self.last
+
+    def numbers(self, first_unit: int, count: int) -> range:
+        """Which of the blocks 0 to `count` - 1, whose first one is unit `first_unit`, are in the span."""
+        return range(max(self.first - first_unit, 0), max(0, min(self.last - first_unit, count)))
+
+
+def unit_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """The kind of each unit of a model, in order; units of one kind cost the same."""
+    if isinstance(config, PartitionTransformerConfig):
+        encoder = ("encoder_block",) * config.num_encoder_blocks
+        decoder = ("decoder_block",) * config.num_decoder_blocks
+        return ("embedding", *encoder, "group_swap", *decoder, "output")
+    return ("embedding", *("block",) * config.num_blocks, "output")
+
+
+def whole_span(config: ModelConfig) -> Span:
+    return Span(0, len(unit_kinds(config)))
+
+
+def spans(stage_units: Iterable[int]) -> list[Span]:
+    """The span of each stage, from how many units each one has."""
+    return [Span(first, last) for first, last in pairwise([0, *accumulate(stage_units)])]
+
+
+def streams_before(config: ModelConfig, unit: int) -> int:
+    """How many `[T, H]` streams pass into `unit`: 2 for decoder blocks, else 1."""
+    return 2 if unit_kinds(config)[unit] == "decoder_block" else 1
+
+
+def numbered(blocks: dict[int, nn.Module]) -> nn.ModuleList:
+    """A list of those blocks of a model that this stage has, under their numbers in the whole model."""
+    modules = nn.ModuleList()
+    for number, block in blocks.items():
+        modules.add_module(str(number), block)
+    return modules
