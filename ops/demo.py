@@ -29,7 +29,7 @@ from pgm_scale.evaluation.report import plot_curves, read_metrics
 from pgm_scale.evaluation.validation import validation_loader
 from pgm_scale.models import build_model
 from pgm_scale.objectives import build_objective
-from pgm_scale.objectives.base import DrawSpec
+from pgm_scale.objectives.base import DrawSpec, loss_terms
 from pgm_scale.run_folder import load_run
 from pgm_scale.sampling import known_prefixes, sample
 
@@ -85,7 +85,8 @@ def steps_within_budget() -> int:
     for step in range(40):
         batch = loader.read(np.arange(batch_sequences) + step * batch_sequences)
         start_s = time.perf_counter()
-        terms = objective.terms(model, objective.training_inputs(batch, DrawSpec(0, batch_sequences)))
+        inputs = objective.training_inputs(batch, DrawSpec(0, batch_sequences))
+        terms = loss_terms(objective, model, inputs)
         (terms.loss_S.sum() / batch.tokens_BL.size).backward()
         optimizer.step()
         optimizer.zero_grad()

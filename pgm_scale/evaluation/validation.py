@@ -13,7 +13,7 @@ from pgm_scale.data.loader import TokenLoader
 from pgm_scale.data.order import GlobalOrder
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.evaluation.perplexity import Perplexity, PerplexityAccumulator
-from pgm_scale.objectives.base import DrawSpec, Objective
+from pgm_scale.objectives.base import DrawSpec, Objective, loss_terms
 
 # One seed for all runs: the draws of a validation are part of its definition (README, "Evaluation").
 VALIDATION_SEED = 0
@@ -62,7 +62,7 @@ def validate(
             drawn = replace(batch, sample_numbers_B=numbers_B + (draw << 40))
             spec = DrawSpec(VALIDATION_SEED, batch_sequences)
             with torch.no_grad():
-                terms = objective.terms(model, objective.validation_inputs(drawn, spec).to(device))
+                terms = loss_terms(objective, model, objective.validation_inputs(drawn, spec).to(device))
             loss_S = terms.loss_S.double().cpu().numpy()
             nll_B += np.bincount(terms.sequence_S, weights=loss_S, minlength=batch_sequences) / draws
         accumulator.add_sequences(nll_B, objective.scored_tokens(batch))

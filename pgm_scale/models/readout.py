@@ -10,16 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-Readout = Callable[[Tensor, nn.Module], Any]
+from pgm_scale.models.vocabulary import OutputLinear
+
+Readout = Callable[[Tensor, OutputLinear], Any]
 
 
-def logits(hidden: Tensor, output_linear: nn.Module) -> Tensor:
+def logits(hidden: Tensor, output_linear: OutputLinear) -> Tensor:
     """fp32 logits `[..., V]` of hidden states `[..., H]`."""
-    return output_linear(hidden).float()
+    return output_linear(hidden)
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,21 @@ class TokenNLL:
 
     Attributes:
         targets: int64, the shape of the hidden states without their last dimension.
-        excluded_id: a token that is never predicted, the mask: its logit becomes -inf (FACTS 1.7), so the NLL
-            of a target equal to it is +inf.
+        excluded_id: a token that is never predicted, the mask; None excludes none.
     """
 
     targets: Tensor
     excluded_id: int | None
 
-    def __call__(self, hidden: Tensor, output_linear: nn.Module) -> Tensor:
-        scores = logits(hidden, output_linear)
-        if self.excluded_id is not None:
-            # Adding leaves the backward pass the identity; the softmax there is 0 already, without a copy of
-            # [..., V] that writing into a column would cost.
-            removed_V = scores.new_zeros(scores.shape[-1])
-            removed_V[self.excluded_id] = -torch.inf
-            scores = scores + removed_V
-        flat_nll = F.cross_entropy(scores.flatten(0, -2), self.targets.flatten(), reduction="none")
-        return flat_nll.view(self.targets.shape)
+    def __call__(self, hidden: Tensor, output_linear: OutputLinear) -> Tensor:
+        return output_linear.token_nll(hidden, self.targets, self.excluded_id)
+
+
+@dataclass(frozen=True)
+class TokenLogProbabilities:
+    """fp32 log-probabilities `[..., K]` of the tokens `ids`, int64 `[..., K]`, at each hidden state."""
+
+    ids: Tensor
+
+    def __call__(self, hidden: Tensor, output_linear: OutputLinear) -> Tensor:
+        return output_linear.log_probabilities(hidden, self.ids)

@@ -1,4 +1,4 @@
-"""Objectives, one file each: batch + model -> loss terms. `build_objective` picks by the config."""
+"""Objectives, one file each; `build_objective` picks by the config, `base` says what an objective is."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pgm_scale.config import (
 )
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.objectives.autoregressive import AutoregressiveObjective
-from pgm_scale.objectives.base import DrawSpec, LossTerms, Objective
+from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall, Objective, loss_terms
 from pgm_scale.objectives.complementary_mdlm import ComplementaryMDLMObjective
 from pgm_scale.objectives.d3pm import D3PMObjective
 from pgm_scale.objectives.mdlm import MDLMObjective
 from pgm_scale.objectives.pgm import PGMObjective
 
-__all__ = ["DrawSpec", "LossTerms", "Objective", "build_objective"]
+__all__ = ["DrawSpec", "LossTerms", "ModelCall", "Objective", "build_objective", "loss_terms"]
 
 
 def build_objective(config: ObjectiveConfig, vocabulary: Vocabulary) -> Objective:

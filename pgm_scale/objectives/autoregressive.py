@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +11,7 @@ from pgm_scale.config import AutoregressiveObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.models.readout import TokenNLL
-from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, Rows, finite_targets, scorable
+from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Rows, finite_targets, scorable
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ class AutoregressiveObjective:
 
     validation_inputs = training_inputs
 
-    def terms(self, model: Callable[..., Any], inputs: NextTokenInputs) -> LossTerms:
-        readout = TokenNLL(inputs.targets_BL, excluded_id=self.vocabulary.mask_id)
-        nll_BL = model(inputs.tokens_BL, readout=readout)
+    def call(self, inputs: NextTokenInputs) -> ModelCall:
+        return ModelCall((inputs.tokens_BL,), TokenNLL(inputs.targets_BL, self.vocabulary.mask_id))
+
+    def terms(self, nll_BL: torch.Tensor, inputs: NextTokenInputs) -> LossTerms:
         return inputs.rows.terms((nll_BL * inputs.scored_BL).sum(dim=1))

@@ -1,4 +1,4 @@
-"""What an objective is: host-side draws and layout, one forward pass, and the loss terms of its rows.
+"""What an objective is: host-side draws and layout, one call of the model, and the loss terms of its rows.
 
 A row is what one weight belongs to: a sequence, or one group of a sequence. The trainer divides the sum of
 `loss_S` by the scored tokens of the global batch, so any split of a batch sums to the same loss.
@@ -17,6 +17,7 @@ import torch
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.diffusion.draws import sequential_uniform, stratified_uniform
+from pgm_scale.models.readout import Readout
 
 Self = TypeVar("Self", bound="Inputs")
 
@@ -89,8 +90,19 @@ class Rows(Inputs):
         return LossTerms(loss_S, nll_S.detach(), self.scored_tokens_S, self.mask_fraction_S, self.sequence_S)
 
 
+@dataclass(frozen=True)
+class ModelCall:
+    """The one forward pass of an objective: `model(*arguments, readout=readout)`.
+
+    It is data, so that a pipeline stage can run its part of the model without the readout or the loss.
+    """
+
+    arguments: tuple[Any, ...]
+    readout: Readout
+
+
 class Objective(Protocol):
-    """A loss: pure host-side `*_inputs`, then `terms`, which calls `model(...)` exactly once."""
+    """A loss in three steps: pure host-side `*_inputs`, the model's `call`, and `terms` of what it returns."""
 
     def scored_tokens(self, batch: TokenBatch) -> np.ndarray:
         """int64 [B]: what the loss of each sequence is divided by."""
@@ -101,7 +113,17 @@ class Objective(Protocol):
     def validation_inputs(self, batch: TokenBatch, spec: DrawSpec) -> Any:
         """As `training_inputs`, for a bound on the NLL whose draws depend on (seed, sample number) alone."""
 
-    def terms(self, model: Callable[..., Any], inputs: Any) -> LossTerms: ...
+    def call(self, inputs: Any) -> ModelCall:
+        """How to call the model; every tensor in it is one of the inputs or made from them."""
+
+    def terms(self, result: Any, inputs: Any) -> LossTerms:
+        """The loss terms, from what the call's readout returned."""
+
+
+def loss_terms(objective: Objective, model: Callable[..., Any], inputs: Any) -> LossTerms:
+    """Call the model once on an objective's inputs, which must be on the model's device."""
+    call = objective.call(inputs)
+    return objective.terms(model(*call.arguments, readout=call.readout), inputs)
 
 
 def scorable(batch: TokenBatch, vocabulary: Vocabulary) -> np.ndarray:

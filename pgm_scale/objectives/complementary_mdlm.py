@@ -9,18 +9,16 @@ probability makes both terms estimate the NELBO: the mean loss is that of the `b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
+import torch
 
 from pgm_scale.config import ComplementaryMDLMObjectiveConfig, MDLMObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.diffusion.draws import bernoulli_mask
 from pgm_scale.diffusion.schedule import LogLinearSchedule
-from pgm_scale.objectives.base import DrawSpec, LossTerms, scorable, training_times
-from pgm_scale.objectives.mdlm import MaskedInputs, MDLMObjective, masked_inputs, masked_terms
+from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall, scorable, training_times
+from pgm_scale.objectives.mdlm import MaskedInputs, MDLMObjective, masked_inputs
 
 
 class ComplementaryMDLMObjective:
@@ -30,7 +28,7 @@ class ComplementaryMDLMObjective:
         self.config = config
         self.vocabulary = vocabulary
         self.schedule = LogLinearSchedule()
-        self._validation = MDLMObjective(MDLMObjectiveConfig(minimum_time=config.minimum_time), vocabulary)
+        self._mdlm = MDLMObjective(MDLMObjectiveConfig(minimum_time=config.minimum_time), vocabulary)
 
     def scored_tokens(self, batch: TokenBatch) -> np.ndarray:
         return scorable(batch, self.vocabulary).sum(axis=1)
@@ -56,7 +54,10 @@ class ComplementaryMDLMObjective:
 
     def validation_inputs(self, batch: TokenBatch, spec: DrawSpec) -> MaskedInputs:
         """MDLM's bound with MDLM's draws (FACTS 3.3)."""
-        return self._validation.validation_inputs(batch, spec)
+        return self._mdlm.validation_inputs(batch, spec)
 
-    def terms(self, model: Callable[..., Any], inputs: MaskedInputs) -> LossTerms:
-        return masked_terms(model, inputs, self.vocabulary)
+    def call(self, inputs: MaskedInputs) -> ModelCall:
+        return self._mdlm.call(inputs)
+
+    def terms(self, nll_SL: torch.Tensor, inputs: MaskedInputs) -> LossTerms:
+        return self._mdlm.terms(nll_SL, inputs)

@@ -22,23 +22,21 @@ reconstruction is 0 and the loss is T (dt/t) times the NLL of the masked tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pgm_scale.config import D3PMObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.diffusion.draws import bernoulli_mask
-from pgm_scale.models.readout import TokenNLL, logits
+from pgm_scale.models.readout import Readout, TokenLogProbabilities, TokenNLL
 from pgm_scale.objectives.base import (
     DrawSpec,
     Inputs,
     LossTerms,
+    ModelCall,
     Rows,
     finite_targets,
     scorable,
@@ -47,20 +45,6 @@ from pgm_scale.objectives.base import (
 )
 
 _LATEST_TIME = 1 - 1e-4
-
-
-@dataclass(frozen=True)
-class TargetAndMaskLogProbability:
-    """Readout fp32 [..., 2]: log x_theta(target) and log x_theta(mask), no logit removed."""
-
-    targets: torch.Tensor
-    mask_id: int
-
-    def __call__(self, hidden: torch.Tensor, output_linear: nn.Module) -> torch.Tensor:
-        logits_V = logits(hidden, output_linear)
-        mask = torch.full_like(self.targets, self.mask_id)
-        chosen = logits_V.gather(-1, torch.stack([self.targets, mask], dim=-1))
-        return chosen - logits_V.logsumexp(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -108,20 +92,27 @@ class D3PMObjective:
         u_B = validation_times(batch, spec, minimum_time=0.0)
         return self.inputs_at(batch, self._step(u_B), spec.seed, "validation/partition", 0.0)
 
-    def terms(self, model: Callable[..., Any], inputs: D3PMInputs) -> LossTerms:
-        mask_id = self.vocabulary.mask_id
+    def call(self, inputs: D3PMInputs) -> ModelCall:
+        """The NLL [B, L] under SUBS; else log x_theta of the target and of the mask, [2 B, L, 2]."""
+        readout: Readout
         if self.config.substitution:
-            readout = TokenNLL(inputs.targets_SL, excluded_id=mask_id)
-            nll_BL = model(inputs.tokens_SL, inputs.sigma_S, readout=readout)
-            steps = self.config.diffusion_steps
+            readout = TokenNLL(inputs.targets_SL, self.vocabulary.mask_id)
+        else:
+            masks_SL = torch.full_like(inputs.targets_SL, self.vocabulary.mask_id)
+            readout = TokenLogProbabilities(torch.stack([inputs.targets_SL, masks_SL], dim=-1))
+        return ModelCall((inputs.tokens_SL, inputs.sigma_S), readout)
+
+    def terms(self, result: torch.Tensor, inputs: D3PMInputs) -> LossTerms:
+        steps = self.config.diffusion_steps
+        if self.config.substitution:
+            nll_BL = result
             weight_B1 = steps * (inputs.t_B1 - inputs.s_B1) / inputs.t_B1 + inputs.cross_entropy_weight
             loss_BL = weight_B1 * nll_BL * inputs.masked_BL
         else:
-            pair = TargetAndMaskLogProbability(inputs.targets_SL, mask_id)
-            log_target_SL, log_mask_SL = model(inputs.tokens_SL, inputs.sigma_S, readout=pair).unbind(dim=-1)
+            log_target_SL, log_mask_SL = result.unbind(dim=-1)
             nll_BL, reconstruction_BL = (-log_target_SL).chunk(2)
             kl_BL = absorbing_kl(nll_BL, log_mask_SL.chunk(2)[0].exp(), inputs.t_B1, inputs.s_B1)
-            loss_BL = self.config.diffusion_steps * kl_BL * inputs.masked_BL
+            loss_BL = steps * kl_BL * inputs.masked_BL
             loss_BL = loss_BL + (reconstruction_BL + inputs.cross_entropy_weight * nll_BL) * inputs.scored_BL
         return inputs.rows.terms((nll_BL * inputs.masked_BL).sum(dim=1), loss_BL.sum(dim=1))
 

@@ -12,9 +12,7 @@ keeps 1/t.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +27,7 @@ from pgm_scale.objectives.base import (
     DrawSpec,
     Inputs,
     LossTerms,
+    ModelCall,
     Rows,
     finite_targets,
     scorable,
@@ -77,8 +76,14 @@ class MDLMObjective:
         t_B = self._grid(validation_times(batch, spec, self._minimum_time))
         return self._inputs(batch, t_B, self.schedule.weight(t_B), spec.seed, "validation/partition")
 
-    def terms(self, model: Callable[..., Any], inputs: MaskedInputs) -> LossTerms:
-        return masked_terms(model, inputs, self.vocabulary)
+    def call(self, inputs: MaskedInputs) -> ModelCall:
+        """The NLL of each token, the mask's own logit removed (SUBS)."""
+        return ModelCall(
+            (inputs.noisy_BL, inputs.sigma_B), TokenNLL(inputs.targets_BL, self.vocabulary.mask_id)
+        )
+
+    def terms(self, nll_BL: torch.Tensor, inputs: MaskedInputs) -> LossTerms:
+        return inputs.rows.terms((nll_BL * inputs.scored_BL).sum(dim=1))
 
     @property
     def _minimum_time(self) -> float:
@@ -121,10 +126,3 @@ def masked_inputs(
         scored_BL=torch.from_numpy(scored),
         rows=rows,
     )
-
-
-def masked_terms(model: Callable[..., Any], inputs: MaskedInputs, vocabulary: Vocabulary) -> LossTerms:
-    """One forward pass on the noisy rows; the NLL excludes the mask's own logit (SUBS)."""
-    readout = TokenNLL(inputs.targets_BL, excluded_id=vocabulary.mask_id)
-    nll_BL = model(inputs.noisy_BL, inputs.sigma_B, readout=readout)
-    return inputs.rows.terms((nll_BL * inputs.scored_BL).sum(dim=1))

@@ -32,9 +32,7 @@ Pads count in N: they are fed, grouped and attended to, but not scored (FACTS 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +49,7 @@ from pgm_scale.objectives.base import (
     DrawSpec,
     Inputs,
     LossTerms,
+    ModelCall,
     Rows,
     finite_targets,
     scorable,
@@ -105,9 +104,10 @@ class PGMObjective:
         weights = np.stack([self.schedule.weight(t_B), np.zeros_like(t_B)], axis=1)
         return self._pack(batch, Partition(groups, weights))
 
-    def terms(self, model: Callable[..., Any], inputs: PGMInputs) -> LossTerms:
-        readout = TokenNLL(inputs.targets_Q, excluded_id=self.vocabulary.mask_id)
-        nll_Q = model(inputs.partition, readout=readout)
+    def call(self, inputs: PGMInputs) -> ModelCall:
+        return ModelCall((inputs.partition,), TokenNLL(inputs.targets_Q, self.vocabulary.mask_id))
+
+    def terms(self, nll_Q: torch.Tensor, inputs: PGMInputs) -> LossTerms:
         scored_B2L = inputs.scored_B2L
         # A fixed-shape sum: the same bits on every run, unlike a scatter on a GPU.
         nll_B2 = (nll_Q.view(scored_B2L.shape[0], 1, -1) * scored_B2L).sum(dim=-1)

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
-from pgm_scale.models.readout import logits
+from pgm_scale.models.vocabulary import OutputLinear
 
 # Logits are made for this many queries at once: at V = 50,258, 13M logits, 51 MB in float32 and 103 MB in
 # float64, however many tokens a step draws.
@@ -111,12 +110,12 @@ class TokenDraw:
     uniforms_Q: torch.Tensor
     rows_Q: torch.Tensor | None = None
 
-    def __call__(self, hidden: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, output_linear: OutputLinear) -> torch.Tensor:
         hidden_QH = hidden.flatten(0, -2)
         if self.rows_Q is not None:
             hidden_QH = hidden_QH[self.rows_Q]
         drawn = [
-            inverse_cdf(self.weights(logits(hidden_cH, linear)), uniforms_c)
+            inverse_cdf(self.weights(output_linear(hidden_cH)), uniforms_c)
             for hidden_cH, uniforms_c in zip(
                 hidden_QH.split(_CHUNK_QUERIES), self.uniforms_Q.split(_CHUNK_QUERIES), strict=True
             )

@@ -13,7 +13,7 @@ import torch
 from pgm_scale.config import RunConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.errors import NonFiniteError
-from pgm_scale.objectives.base import DrawSpec, LossTerms, Objective
+from pgm_scale.objectives.base import DrawSpec, LossTerms, Objective, loss_terms
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.optimizer import learning_rate
@@ -70,7 +70,7 @@ def training_step(
     loss, kept = 0.0, []
     for micro_step, batch in enumerate(batches):
         seed_dropout(config.training.seed, step, micro_step, mesh.data_rank)
-        terms = objective.terms(engine, batch.inputs.to(mesh.device))
+        terms = loss_terms(objective, engine, batch.inputs.to(mesh.device))
         share = terms.loss_S.sum() / scored_tokens
         engine.backward(share)
         loss += float(share.detach())

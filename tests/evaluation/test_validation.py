@@ -14,6 +14,7 @@ from pgm_scale.evaluation.report import plot_curves
 from pgm_scale.evaluation.validation import validate, validation_loader
 from pgm_scale.models import build_model
 from pgm_scale.objectives import build_objective
+from tests.objectives.tiny import LogitsGiven
 from tests.tiny_data import LENGTH, VOCABULARY, tiny_config, write_tiny_split
 
 
@@ -87,8 +88,7 @@ def test_a_model_that_knows_nothing_scores_the_uniform_distribution(split: Split
     """Logits of 0 over the tokens without the mask; PGM and MDLM see the same masks, so they agree."""
 
     def uniform(*arguments: Any, readout: Any, **options: Any) -> torch.Tensor:
-        hidden = torch.zeros(*readout.targets.shape, 1)
-        return readout(hidden, lambda x: torch.zeros(*x.shape[:-1], VOCABULARY.size))
+        return readout(torch.zeros(*readout.targets.shape, VOCABULARY.size), LogitsGiven())
 
     results = [
         validate(

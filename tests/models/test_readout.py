@@ -1,11 +1,13 @@
 import torch
+import torch.nn.functional as F
 
-from pgm_scale.models.readout import TokenNLL, logits
+from pgm_scale.models.readout import TokenLogProbabilities, TokenNLL, logits
+from pgm_scale.models.vocabulary import VocabularyLinear
 
 
 def draw(dtype=torch.float32):
     torch.manual_seed(0)
-    return torch.randn(2, 5, 8, dtype=dtype, requires_grad=True), torch.nn.Linear(8, 11, dtype=dtype)
+    return torch.randn(2, 5, 8, dtype=dtype, requires_grad=True), VocabularyLinear(8, 11).to(dtype)
 
 
 def test_token_nll_is_log_softmax_without_the_excluded_token():
@@ -38,5 +40,20 @@ def test_bf16_hidden_states_give_fp32_readouts():
     targets = torch.zeros(2, 5, dtype=torch.long)
     assert logits(hidden, linear).dtype == torch.float32
     nll = TokenNLL(targets, None)(hidden, linear)
-    assert nll.dtype == torch.float32
-    torch.testing.assert_close(nll, -torch.log_softmax(linear(hidden).double(), -1)[..., 0].float())
+    log_probability = TokenLogProbabilities(targets[..., None])(hidden, linear)[..., 0]
+    assert nll.dtype == log_probability.dtype == torch.float32
+    expected = torch.log_softmax(linear(hidden).double(), -1)[..., 0].float()
+    torch.testing.assert_close(nll, -expected)
+    torch.testing.assert_close(log_probability, expected)
+
+
+def test_log_probabilities_of_some_tokens_are_a_part_of_the_log_softmax():
+    hidden, linear = draw()
+    ids = torch.randint(11, (2, 5, 3))
+    actual = TokenLogProbabilities(ids)(hidden, linear)
+    expected = torch.log_softmax(F.linear(hidden, linear.weight, linear.bias), dim=-1).gather(-1, ids)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual[..., 1].sum(), hidden, retain_graph=True),
+        torch.autograd.grad(expected[..., 1].sum(), hidden),
+    )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pgm_scale.config import D3PMObjectiveConfig, MDLMObjectiveConfig
-from pgm_scale.objectives import DrawSpec, base, build_objective, d3pm, mdlm
+from pgm_scale.objectives import DrawSpec, base, build_objective, d3pm, loss_terms, mdlm
 from pgm_scale.objectives.d3pm import absorbing_kl
 from tests.objectives.tiny import ALL_SUBSETS, LENGTH, VOCABULARY, MaskedTable, copies, probability_of
 
@@ -109,7 +109,7 @@ def mean_loss(monkeypatch, config, model, inputs_of: str) -> float:
         monkeypatch.setattr(module, "bernoulli_mask", every_subset)
     batch = copies(len(times))
     objective = build_objective(config, VOCABULARY)
-    terms = objective.terms(model, getattr(objective, inputs_of)(batch, DrawSpec(1, 4)))
+    terms = loss_terms(objective, model, getattr(objective, inputs_of)(batch, DrawSpec(1, 4)))
     coins = probability_of(np.tile(ALL_SUBSETS, (steps, 1)), asked[0])
     return float((terms.loss_S.detach().double().numpy() * coins).sum() / steps)
 
@@ -174,7 +174,7 @@ def test_the_model_is_called_once_with_clean_rows_at_noise_level_zero():
 
     batch = copies(4)
     objective = build_objective(D3PMObjectiveConfig(diffusion_steps=4), VOCABULARY)
-    terms = objective.terms(model, objective.training_inputs(batch, DrawSpec(1, 4)))
+    terms = loss_terms(objective, model, objective.training_inputs(batch, DrawSpec(1, 4)))
     ((tokens_SL, sigma_S),) = calls
     np.testing.assert_array_equal(tokens_SL[4:], batch.tokens_BL)
     np.testing.assert_array_equal(sigma_S[4:], np.zeros(4))

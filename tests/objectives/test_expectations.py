@@ -18,7 +18,7 @@ from pgm_scale.config import (
     ObjectiveConfig,
     PGMObjectiveConfig,
 )
-from pgm_scale.objectives import DrawSpec, base, build_objective, complementary_mdlm, mdlm, pgm
+from pgm_scale.objectives import DrawSpec, base, build_objective, complementary_mdlm, loss_terms, mdlm, pgm
 from tests.objectives.tiny import (
     ALL_SUBSETS,
     LENGTH,
@@ -39,7 +39,7 @@ SUBSETS = len(ALL_SUBSETS)
 
 def loss_of_sequences(objective: Any, model: Any, inputs: Any, count: int) -> np.ndarray:
     """float64 [count] loss sums; rows of one sequence are added."""
-    terms = objective.terms(model, inputs)
+    terms = loss_terms(objective, model, inputs)
     return np.bincount(terms.sequence_S, weights=terms.loss_S.detach().double().numpy(), minlength=count)
 
 

@@ -12,7 +12,7 @@ from pgm_scale.config import (
     PGMObjectiveConfig,
 )
 from pgm_scale.data import TokenBatch, Vocabulary
-from pgm_scale.objectives import DrawSpec, build_objective
+from pgm_scale.objectives import DrawSpec, build_objective, loss_terms
 from pgm_scale.objectives.mdlm import masked_inputs
 from tests.models.builders import (
     LENGTH,
@@ -61,9 +61,9 @@ def sums_of_sequences(terms, count):
 def test_loss_of_a_sequence_does_not_depend_on_the_split_of_the_batch(config, model_config, inputs_of):
     objective, model = build_objective(config, VOCABULARY), randomised(model_config)
     batch = batch_with_pads_and_mask_ids()
-    whole = objective.terms(model, getattr(objective, inputs_of)(batch, SPEC))
+    whole = loss_terms(objective, model, getattr(objective, inputs_of)(batch, SPEC))
     parts = [
-        sums_of_sequences(objective.terms(model, getattr(objective, inputs_of)(piece, SPEC)), n)
+        sums_of_sequences(loss_terms(objective, model, getattr(objective, inputs_of)(piece, SPEC)), n)
         for piece, n in ((part(batch, slice(0, 3)), 3), (part(batch, slice(3, 8)), 5))
     ]
     np.testing.assert_allclose(np.concatenate(parts), sums_of_sequences(whole, 8), rtol=1e-4, atol=1e-4)
@@ -73,7 +73,7 @@ def test_loss_of_a_sequence_does_not_depend_on_the_split_of_the_batch(config, mo
 def test_loss_is_fp32_and_reaches_every_parameter_with_finite_gradients(config, model_config):
     objective, model = build_objective(config, VOCABULARY), randomised(model_config)
     batch = batch_with_pads_and_mask_ids()
-    terms = objective.terms(model, objective.training_inputs(batch, SPEC).to("cpu"))
+    terms = loss_terms(objective, model, objective.training_inputs(batch, SPEC).to("cpu"))
     assert terms.loss_S.dtype == terms.cross_entropy_S.dtype == torch.float32
     assert not terms.cross_entropy_S.requires_grad
     (terms.loss_S.sum() / objective.scored_tokens(batch).sum()).backward()
@@ -86,7 +86,7 @@ def test_loss_is_fp32_and_reaches_every_parameter_with_finite_gradients(config, 
 @case
 def test_bf16_model_still_gives_an_fp32_loss(config, model_config):
     objective, model = build_objective(config, VOCABULARY), randomised(model_config).bfloat16()
-    terms = objective.terms(model, objective.training_inputs(batch_with_pads_and_mask_ids(), SPEC))
+    terms = loss_terms(objective, model, objective.training_inputs(batch_with_pads_and_mask_ids(), SPEC))
     assert terms.loss_S.dtype == torch.float32
     assert terms.loss_S.isfinite().all()
 
@@ -95,7 +95,7 @@ def test_bf16_model_still_gives_an_fp32_loss(config, model_config):
 def test_terms_describe_their_rows(config, model_config):
     objective, model = build_objective(config, VOCABULARY), randomised(model_config)
     batch = batch_with_pads_and_mask_ids()
-    terms = objective.terms(model, objective.training_inputs(batch, SPEC))
+    terms = loss_terms(objective, model, objective.training_inputs(batch, SPEC))
     rows = len(terms.loss_S)
     assert len(terms.cross_entropy_S) == rows
     assert len(terms.scored_tokens_S) == len(terms.mask_fraction_S) == len(terms.sequence_S) == rows
@@ -156,7 +156,7 @@ def test_autoregressive_loss_is_the_next_token_cross_entropy():
         randomised(autoregressive_config()),
     )
     batch = batch_with_pads_and_mask_ids()
-    terms = objective.terms(model, objective.validation_inputs(batch, SPEC))
+    terms = loss_terms(objective, model, objective.validation_inputs(batch, SPEC))
     logits_BLV = model(torch.from_numpy(batch.tokens_BL))[:, :-1].clone()
     logits_BLV[..., MASK] = -torch.inf
     targets_BL = torch.from_numpy(batch.tokens_BL[:, 1:])

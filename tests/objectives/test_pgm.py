@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pgm_scale.config import PGMObjectiveConfig
 from pgm_scale.data import TokenBatch, Vocabulary
 from pgm_scale.diffusion import LogLinearSchedule
-from pgm_scale.objectives import DrawSpec
+from pgm_scale.objectives import DrawSpec, loss_terms
 from pgm_scale.objectives.base import training_times
 from pgm_scale.objectives.pgm import PGMObjective
 from tests.models import oracle
@@ -135,7 +135,7 @@ def test_loss_and_gradients_equal_the_dense_computation(form):
     batch, spec = batch_of(8, pads=3), DrawSpec(5, 8)
     objective = PGMObjective(PGMObjectiveConfig(form=form), VOCABULARY)
     groups_BL = objective.training_partition(batch, spec).in_group1_BL
-    terms = objective.terms(model, objective.training_inputs(batch, spec).to("cpu"))
+    terms = loss_terms(objective, model, objective.training_inputs(batch, spec).to("cpu"))
     packed = terms.loss_S.sum()
     dense = dense_loss(model, config, batch, groups_BL, plain_weights(form, batch, spec, groups_BL))
     torch.testing.assert_close(packed, dense, rtol=1e-5, atol=1e-5)
@@ -159,6 +159,6 @@ def test_validation_counts_group_1_only():
     assert (inputs.rows.weight_S[1::2] == 0).all()
     weight_B2 = inputs.rows.weight_S.view(-1, 2).numpy()
     assert ((weight_B2[:, 0] >= 1) & (weight_B2[:, 0] <= 1000)).all()
-    terms = objective.terms(model, inputs)
+    terms = loss_terms(objective, model, inputs)
     dense = dense_loss(model, config, batch, groups_BL, weight_B2)
     torch.testing.assert_close(terms.loss_S.sum(), dense, rtol=1e-5, atol=1e-5)

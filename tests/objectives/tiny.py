@@ -16,10 +16,21 @@ from torch import nn
 
 from pgm_scale.data import TokenBatch, Vocabulary
 from pgm_scale.models.partition_transformer import PartitionInputs
+from pgm_scale.models.vocabulary import VocabularyLinear
 
 LENGTH = 3
 VOCABULARY = Vocabulary(size=3, mask_id=2, bos_id=0, eos_id=0, pad_id=None)
 SEQUENCE = np.array([1, 0, 1])
+
+
+class LogitsGiven(VocabularyLinear):
+    """An output linear whose hidden states are the logits."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.float()
 
 
 class TableModel(nn.Module):
@@ -39,7 +50,7 @@ class TableModel(nn.Module):
 
 class MaskedTable(TableModel):
     def forward(self, tokens_BL: torch.Tensor, sigma_B: torch.Tensor, readout: Callable) -> torch.Tensor:
-        return readout(self.logits_of(tokens_BL), nn.Identity())
+        return readout(self.logits_of(tokens_BL), LogitsGiven())
 
 
 class PartitionTable(TableModel):
@@ -55,7 +66,7 @@ class PartitionTable(TableModel):
             visible = torch.full((1, LENGTH), VOCABULARY.mask_id)
             visible[0, positions] = tokens
             hidden.append(self.logits_of(visible)[0, query_positions])
-        return readout(torch.cat(hidden), nn.Identity())
+        return readout(torch.cat(hidden), LogitsGiven())
 
 
 def subsets() -> Iterator[np.ndarray]:

@@ -1,0 +1,73 @@
+"""The two layers with one row a token: the embedding, and the output linear behind its interface.
+
+Under tensor parallelism a rank holds the logits of a part of the vocabulary only. What a readout may ask of the
+output linear is therefore a short list (`OutputLinear`), and most of it needs no logits gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgm_scale.models.initialization import fill_with, uniform
+
+
+class VocabularyEmbedding(nn.Module):
+    """Token table `[V, H]`, drawn from U(-1/sqrt(H), 1/sqrt(H)) (FACTS 1.6)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        bound = hidden_size**-0.5
+        self.embedding = fill_with(nn.Parameter(torch.empty(vocab_size, hidden_size)), uniform(bound))
+        nn.init.uniform_(self.embedding, -bound, bound)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embedding)
+
+
+class OutputLinear(Protocol):
+    """What a readout asks of the output linear; every rank gets the answer for the whole vocabulary."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """fp32 logits `[..., V]` of hidden states `[..., H]`."""
+
+    def token_nll(self, hidden: Tensor, targets: Tensor, excluded_id: int | None) -> Tensor:
+        """fp32 NLL in nats `[...]` of int64 targets `[...]`, one for each hidden state `[..., H]`.
+
+        The token `excluded_id` has probability 0: the softmax is over the others (FACTS 1.7), and the NLL of a
+        target equal to it is +inf.
+        """
+
+    def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """fp32 log-probabilities `[..., K]` of the tokens int64 `[..., K]`, no token excluded."""
+
+
+class VocabularyLinear(nn.Linear):
+    """An `OutputLinear` that holds the whole vocabulary.
+
+    Its methods call the module, not its weights, so that ZeRO-3's hooks gather these first.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__(hidden_size, vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden).float()
+
+    def token_nll(self, hidden: Tensor, targets: Tensor, excluded_id: int | None) -> Tensor:
+        scores = self(hidden)
+        if excluded_id is not None:
+            # Adding leaves the backward pass the identity; the softmax there is 0 already, without a copy of
+            # [..., V] that writing into a column would cost.
+            removed_V = scores.new_zeros(scores.shape[-1])
+            removed_V[excluded_id] = -torch.inf
+            scores = scores + removed_V
+        flat_nll = F.cross_entropy(scores.flatten(0, -2), targets.flatten(), reduction="none")
+        return flat_nll.view(targets.shape)
+
+    def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        scores = self(hidden)
+        return scores.gather(-1, ids) - scores.logsumexp(dim=-1, keepdim=True)
