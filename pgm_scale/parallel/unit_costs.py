@@ -1,0 +1,129 @@
+"""What a unit of each kind costs on the device at hand: seconds of forward and backward, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgm_scale.config import DiffusionTransformerConfig, ModelConfig, PartitionTransformerConfig
+from pgm_scale.models import build_model
+from pgm_scale.models.partition_transformer import PartitionInputs
+from pgm_scale.models.readout import TokenNLL
+from pgm_scale.models.segments import Segments
+from pgm_scale.models.stages import Span, unit_kinds
+
+WARM_UP, REPEATS = 2, 5
+# Groups of a L and (1 - a) L tokens with this `a` attend as much as groups of a uniformly drawn size do on
+# average: a^2 + (1 - a)^2 = 2/3 of all pairs within the groups, 2 a (1 - a) = 1/3 between them.
+EXPECTED_GROUP_SHARE = (1 - 3**-0.5) / 2
+
+
+def measure_unit_costs(
+    config: ModelConfig,
+    vocab_size: int,
+    length: int,
+    micro_batch_sequences: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Median seconds of forward and backward of a micro-batch through one unit of each kind, on one device.
+
+    Units have their full width, whatever the tensor-parallel size: a split needs only the ratios of the costs.
+    One unit is in memory at a time, and the global random generators are left as they were.
+    """
+    small = one_of_each_kind(config)
+    batch = ExampleBatch(vocab_size, length, micro_batch_sequences, device)
+    costs = {}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for unit, kind in enumerate(unit_kinds(small)):
+            with device:
+                stage = build_model(small, vocab_size, length, span=Span(unit, unit + 1)).to(dtype)
+            costs[kind] = _median_seconds(stage_step(stage, small, unit, batch, dtype), device)
+    return costs
+
+
+def one_of_each_kind(config: ModelConfig) -> ModelConfig:
+    """The same model with a single block of each kind that it has."""
+    if isinstance(config, PartitionTransformerConfig):
+        encoder, decoder = min(1, config.num_encoder_blocks), min(1, config.num_decoder_blocks)
+        return replace(config, num_encoder_blocks=encoder, num_decoder_blocks=decoder)
+    return replace(config, num_blocks=min(1, config.num_blocks))
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """A micro-batch of made-up tokens, which costs what real ones cost on average."""
+
+    vocab_size: int
+    length: int
+    sequences: int
+    device: torch.device
+
+    def model_arguments(self, config: ModelConfig) -> tuple[Any, ...]:
+        """What the model is called with, before `readout` and `received`."""
+        tokens_BL = torch.zeros(self.sequences, self.length, dtype=torch.long, device=self.device)
+        if isinstance(config, PartitionTransformerConfig):
+            return (self._partition(tokens_BL),)
+        if isinstance(config, DiffusionTransformerConfig):
+            return tokens_BL, torch.zeros(self.sequences, device=self.device)
+        return (tokens_BL,)
+
+    def _partition(self, tokens_BL: Tensor) -> PartitionInputs:
+        first = round(EXPECTED_GROUP_SHARE * self.length)
+        sizes = (first, self.length - first)
+        positions_T = torch.arange(self.length, device=self.device).repeat(self.sequences)
+        keys, queries = (Segments.of(pair * self.sequences, self.device) for pair in (sizes, sizes[::-1]))
+        return PartitionInputs(tokens_BL.flatten(), positions_T, keys, positions_T, queries)
+
+    def readout(self, config: ModelConfig) -> TokenNLL:
+        """The NLL of each token, as the objectives ask for it."""
+        is_packed = isinstance(config, PartitionTransformerConfig)
+        shape = (self.sequences * self.length,) if is_packed else (self.sequences, self.length)
+        return TokenNLL(torch.zeros(shape, dtype=torch.long, device=self.device), self.vocab_size - 1)
+
+
+def stage_step(
+    stage: Any,
+    config: ModelConfig,
+    first_unit: int,
+    batch: ExampleBatch,
+    dtype: torch.dtype,
+    token_ranks: int = 1,
+) -> Callable[[], None]:
+    """Forward and backward of a stage that starts at `first_unit`, as a pipeline runs them for a micro-batch.
+
+    Under sequence parallelism `token_ranks` is how many ranks share what the stage is sent.
+    """
+    arguments, readout = batch.model_arguments(config), batch.readout(config)
+    received = None
+    if first_unit > 0:
+        rows = stage.rows_before(first_unit, *arguments) // token_ranks
+        received = torch.zeros(rows, config.hidden_size, dtype=dtype, device=batch.device, requires_grad=True)
+
+    def step() -> None:
+        result = stage(*arguments, readout=readout, received=received)
+        result.backward(torch.ones_like(result))
+
+    return step
+
+
+def _median_seconds(step: Callable[[], None], device: torch.device) -> float:
+    for _ in range(WARM_UP):
+        step()
+    return median(_seconds(step, device) for _ in range(REPEATS))
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
