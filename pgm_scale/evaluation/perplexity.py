@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgm_scale.data.batch import TokenBatch
-from pgm_scale.objectives.base import LossTerms
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,8 @@ class PerplexityAccumulator:
         # sequences, sum x, sum y, sum x^2, sum x y, sum y^2
         self._sums = np.zeros(6)
 
-    def add(self, terms: LossTerms, valid_tokens_B: np.ndarray) -> None:
-        """Add a batch; all rows of a sequence must be in it. A sequence without valid tokens is left out."""
-        nll_S = terms.loss_S.detach().double().cpu().numpy()
-        self.add_sequences(
-            np.bincount(terms.sequence_S, weights=nll_S, minlength=len(valid_tokens_B)), valid_tokens_B
-        )
-
-    def add_sequences(self, nll_nats_B: np.ndarray, tokens_B: np.ndarray) -> None:
-        """Add sequences by their NLL sums and token counts."""
+    def add(self, nll_nats_B: np.ndarray, tokens_B: np.ndarray) -> None:
+        """Add sequences by their NLL sums and token counts; one without tokens is left out."""
         kept = tokens_B > 0
         x, y = tokens_B[kept].astype(np.float64), nll_nats_B[kept]
         self._sums += [len(x), x.sum(), y.sum(), x @ x, x @ y, y @ y]
@@ -93,5 +85,5 @@ def unigram_perplexity(train_counts_V: np.ndarray, batches: Iterable[TokenBatch]
     for batch in batches:
         scored_BL = batch.valid_BL & (batch.tokens_BL != mask_id)
         nll_BL = np.where(scored_BL, nll_V[batch.tokens_BL], 0.0)
-        accumulator.add_sequences(nll_BL.sum(axis=1), scored_BL.sum(axis=1))
+        accumulator.add(nll_BL.sum(axis=1), scored_BL.sum(axis=1))
     return accumulator.result()

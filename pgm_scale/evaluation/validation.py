@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.loader import TokenLoader
 from pgm_scale.data.order import GlobalOrder
 from pgm_scale.data.storage import SplitStorage
@@ -17,6 +18,8 @@ from pgm_scale.objectives.base import DrawSpec, Objective, loss_terms
 
 # One seed for all runs: the draws of a validation are part of its definition (README, "Evaluation").
 VALIDATION_SEED = 0
+# Draws are keyed by sample number: a sequence's next draw is that of a number which no split reaches.
+_NEXT_DRAW = 1 << 40
 
 
 def validation_loader(storage: SplitStorage) -> TokenLoader:
@@ -43,32 +46,38 @@ def validate(
     but not scored.
 
     Args:
-        model: called by the objective; in eval mode and without gradients.
+        model: called by `loss_terms` alone; in eval mode.
         sequences: at most this many; fewer if the split is smaller.
+        rank, ranks: of the data-parallel copies of the model; all ranks of one copy see the same sequences.
+        sum_over_ranks: sums a vector over these copies.
         draws: more draws of the same sequences narrow the error that the draws add.
     """
     rows = loader.manifest.rows
     count = min(sequences, rows)
     accumulator = PerplexityAccumulator()
-    # A sequence's draws are averaged before it is counted, so that the error is one over sequences.
     for first in range(
         rank * batch_sequences, _round_up(count, batch_sequences * ranks), batch_sequences * ranks
     ):
         numbers_B = np.arange(first, first + batch_sequences)
         batch = loader.read(np.minimum(numbers_B, count - 1))
         batch = replace(batch, valid_BL=batch.valid_BL & (numbers_B < count)[:, None])
-        nll_B = np.zeros(batch_sequences)
-        for draw in range(draws):
-            drawn = replace(batch, sample_numbers_B=numbers_B + (draw << 40))
-            spec = DrawSpec(VALIDATION_SEED, batch_sequences)
-            with torch.no_grad():
-                terms = loss_terms(objective, model, objective.validation_inputs(drawn, spec).to(device))
-            loss_S = terms.loss_S.double().cpu().numpy()
-            nll_B += np.bincount(terms.sequence_S, weights=loss_S, minlength=batch_sequences) / draws
-        accumulator.add_sequences(nll_B, objective.scored_tokens(batch))
+        # A sequence's draws are averaged before it is counted, so that the error is one over sequences.
+        drawn = (replace(batch, sample_numbers_B=numbers_B + draw * _NEXT_DRAW) for draw in range(draws))
+        nll_DB = [_nll_of_sequences(model, objective, one_draw, device) for one_draw in drawn]
+        accumulator.add(np.mean(nll_DB, axis=0), objective.scored_tokens(batch))
     total = PerplexityAccumulator()
     total.merge(sum_over_ranks(accumulator.state()))
     return total.result()
+
+
+def _nll_of_sequences(
+    model: Callable[..., Any], objective: Objective, batch: TokenBatch, device: torch.device
+) -> np.ndarray:
+    """float64 [B]: the bound on each sequence's NLL in nats, with the draws of its sample number."""
+    spec = DrawSpec(VALIDATION_SEED, len(batch.tokens_BL))
+    with torch.no_grad():
+        terms = loss_terms(objective, model, objective.validation_inputs(batch, spec).to(device))
+    return terms.loss_of_sequences(len(batch.tokens_BL))
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -48,6 +48,11 @@ class LossTerms:
     mask_fraction_S: np.ndarray
     sequence_S: np.ndarray
 
+    def loss_of_sequences(self, sequences: int) -> np.ndarray:
+        """float64 [B]: the weighted loss of each of the batch's `sequences`, summed over its rows."""
+        loss_S = self.loss_S.detach().double().cpu().numpy()
+        return np.bincount(self.sequence_S, weights=loss_S, minlength=sequences)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -81,8 +86,7 @@ class Rows(Inputs):
         mask_fraction_S: np.ndarray,
         sequence_S: np.ndarray,
     ) -> Rows:
-        weights = torch.from_numpy(weight_S.astype(np.float32))
-        return cls(weights, scored_tokens_S.astype(np.int64), mask_fraction_S, sequence_S)
+        return cls(fp32(weight_S), scored_tokens_S.astype(np.int64), mask_fraction_S, sequence_S)
 
     def terms(self, nll_S: torch.Tensor, loss_S: torch.Tensor | None = None) -> LossTerms:
         """Loss terms of the rows' NLL sums; the loss is the weighted NLL unless it is given."""
@@ -124,6 +128,11 @@ def loss_terms(objective: Objective, model: Callable[..., Any], inputs: Any) -> 
     """Call the model once on an objective's inputs, which must be on the model's device."""
     call = objective.call(inputs)
     return objective.terms(model(*call.arguments, readout=call.readout), inputs)
+
+
+def fp32(values: np.ndarray) -> torch.Tensor:
+    """The tensor that the model and the loss take, of values that the host computed in float64."""
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def scorable(batch: TokenBatch, vocabulary: Vocabulary) -> np.ndarray:

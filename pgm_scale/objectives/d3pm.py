@@ -39,6 +39,7 @@ from pgm_scale.objectives.base import (
     ModelCall,
     Rows,
     finite_targets,
+    fp32,
     scorable,
     training_times,
     validation_times,
@@ -83,14 +84,14 @@ class D3PMObjective:
 
     def training_inputs(self, batch: TokenBatch, spec: DrawSpec) -> D3PMInputs:
         u_B = training_times(batch, spec, minimum_time=0.0)
-        return self.inputs_at(
+        return self._inputs_at(
             batch, self._step(u_B), spec.seed, "training/partition", self.config.cross_entropy_weight
         )
 
     def validation_inputs(self, batch: TokenBatch, spec: DrawSpec) -> D3PMInputs:
         """The bound alone, without the auxiliary cross-entropy."""
         u_B = validation_times(batch, spec, minimum_time=0.0)
-        return self.inputs_at(batch, self._step(u_B), spec.seed, "validation/partition", 0.0)
+        return self._inputs_at(batch, self._step(u_B), spec.seed, "validation/partition", 0.0)
 
     def call(self, inputs: D3PMInputs) -> ModelCall:
         """The NLL [B, L] under SUBS; else log x_theta of the target and of the mask, [2 B, L, 2]."""
@@ -120,7 +121,7 @@ class D3PMObjective:
         """int64 [B] in 1..T, uniform."""
         return np.floor(u_B * self.config.diffusion_steps).astype(np.int64) + 1
 
-    def inputs_at(
+    def _inputs_at(
         self, batch: TokenBatch, step_B: np.ndarray, seed: int, stream: str, cross_entropy_weight: float
     ) -> D3PMInputs:
         """Inputs with each sequence at a given step of 1..T: t = step / T, s = (step - 1) / T."""
@@ -141,12 +142,12 @@ class D3PMObjective:
         )
         return D3PMInputs(
             tokens_SL=torch.from_numpy(np.concatenate([noisy_BL, tokens_BL]) if reconstructs else noisy_BL),
-            sigma_S=_fp32(np.concatenate([sigma_B, 0 * sigma_B]) if reconstructs else sigma_B),
+            sigma_S=fp32(np.concatenate([sigma_B, 0 * sigma_B]) if reconstructs else sigma_B),
             targets_SL=torch.from_numpy(np.tile(targets_BL, (2, 1)) if reconstructs else targets_BL),
             masked_BL=torch.from_numpy(masked),
             scored_BL=torch.from_numpy(scored),
-            t_B1=_fp32(t_B[:, None]),
-            s_B1=_fp32(s_B[:, None]),
+            t_B1=fp32(t_B[:, None]),
+            s_B1=fp32(s_B[:, None]),
             cross_entropy_weight=cross_entropy_weight,
             rows=rows,
         )
@@ -161,7 +162,3 @@ def absorbing_kl(
     safe_s, stay_step = torch.where(s > 0, s, 1.0), torch.where(s > 0, t - s, 0.0)
     stay = torch.log1p(-mask_probability * stay_step / (t * (safe_s + (1 - safe_s) * mask_probability)))
     return (t - s) / t * become + s / t * stay
-
-
-def _fp32(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32))

@@ -30,6 +30,7 @@ from pgm_scale.objectives.base import (
     ModelCall,
     Rows,
     finite_targets,
+    fp32,
     scorable,
     training_times,
     validation_times,
@@ -121,7 +122,7 @@ def masked_inputs(
     )
     return MaskedInputs(
         noisy_BL=torch.from_numpy(np.where(masked_BL, vocabulary.mask_id, batch.tokens_BL)),
-        sigma_B=torch.from_numpy(-np.log1p(-probability_B).astype(np.float32)),
+        sigma_B=fp32(-np.log1p(-probability_B)),
         targets_BL=torch.from_numpy(finite_targets(batch.tokens_BL, vocabulary)),
         scored_BL=torch.from_numpy(scored),
         rows=rows,
