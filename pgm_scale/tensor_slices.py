@@ -55,6 +55,11 @@ class TensorSlice:
     def is_whole(self) -> bool:
         return self.run == self.stride
 
+    @property
+    def is_contiguous(self) -> bool:
+        """The shard is one range of the flattened whole tensor: [offset, offset + numel)."""
+        return self.rows <= 1 or self.is_whole or self.run == 0
+
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """The shard's values `[numel]`, from the whole tensor; a view of it where the shard is one run."""
         assert tuple(whole.shape) == self.global_shape, (whole.shape, self)

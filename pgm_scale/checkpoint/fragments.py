@@ -1,18 +1,22 @@
 """Fragments: what one rank owns of the model and optimizer, and the file it writes them to.
 
-A fragment is a flat range of a whole tensor, so a file says nothing of the layout that wrote it. The file is
-plain safetensors. Each tensor in it is 1-D fp32 under the key `<kind>/<name>@<start>`; the metadata holds the
-format's version and the whole tensors' shapes. A later version may add a local block to a key (the box of the
-whole tensor that `start` counts in, for tensor-parallel shards); readers refuse a version they do not know.
+A fragment is a flat range of a tensor-parallel shard, and the shard is a slice of a whole tensor, so a file says
+nothing of the layout that wrote it. The file is plain safetensors. Each tensor in it is 1-D fp32; its key is
+
+    <kind>/<name>@<start>                           of a whole tensor
+    <kind>/<name>@<offset>:<run>:<stride>@<start>   of a shard, see `TensorSlice`
+
+with all numbers in elements. The metadata holds the format's version and the whole tensors' shapes. Version 1
+knew whole tensors only; readers refuse a version they do not know.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -22,34 +26,42 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pgm_scale.errors import UserError
+from pgm_scale.tensor_slices import TensorSlice
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TensorKey = tuple[Kind, str]  # kind and parameter name
-FORMAT = "pgm-scale fragments 1"
-_CHUNK_BYTES = 16 << 20
+FORMAT = "pgm-scale fragments 2"
+READABLE_FORMATS = ("pgm-scale fragments 1", FORMAT)
+_CHUNK_ELEMENTS = 4 << 20
+_KEY = re.compile(r"(\w+)/(.*?)(?:@(\d+):(\d+):(\d+))?@(\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The flat range [start, start + len(values)) of the row-major whole tensor `name`.
+    """The flat range [start, start + len(values)) of a shard of the tensor `name`, flattened row-major.
 
     Args:
         name: the parameter's name in the whole model.
-        global_shape: shape of the whole tensor.
-        start: offset of the range in the flattened whole tensor, in elements.
+        slice: the shard's place in the whole tensor; `TensorSlice.whole` of one that is not sharded.
+        start: offset of the range in the flattened shard, in elements.
         values: 1-D fp32 on any device; may be empty. It is not copied: it must not change while it is saved.
     """
 
     name: str
-    global_shape: tuple[int, ...]
+    slice: TensorSlice
     start: int
     values: torch.Tensor
 
     def __post_init__(self) -> None:
         assert self.values.dtype == torch.float32, (self.name, self.values.dtype)
         assert self.values.dim() == 1, (self.name, self.values.shape)
-        assert 0 <= self.start <= math.prod(self.global_shape) - len(self.values), self.name
+        assert 0 <= self.start <= self.slice.numel - len(self.values), self.name
+
+    def key(self, kind: Kind) -> str:
+        """Its key in a file."""
+        place = "" if self.slice.is_whole else f"@{self.slice.offset}:{self.slice.run}:{self.slice.stride}"
+        return f"{kind}/{self.name}{place}@{self.start}"
 
 
 @dataclass(frozen=True)
@@ -63,10 +75,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a stored fragment lies: `length` elements from `start` on, under `key` in the file `path`."""
+    """A stored fragment: `length` elements of a shard from `start` on, under `key` in the file `path`."""
 
     path: Path
     key: str
+    slice: TensorSlice
     start: int
     length: int
 
@@ -75,8 +88,8 @@ def write_fragments(path: Path, fragments: Iterable[tuple[Kind, Fragment]]) -> F
     """Write one rank's fragments and wait until they are on the disk.
 
     The hash is taken from the bytes on their way out, which saves reading the file again; at load it tells
-    whether the disk holds what was meant. One fragment at a time is copied to the host: the extra memory of a
-    save is the largest fragment, given that `fragments` yields views of what the rank holds anyway.
+    whether the disk holds what was meant. The extra memory of a save is one chunk on the host, given that
+    `fragments` yields views of what the rank holds anyway.
 
     Raises:
         OSError: the disk is full, the folder is read-only, ...
@@ -93,24 +106,29 @@ def write_fragments(path: Path, fragments: Iterable[tuple[Kind, Fragment]]) -> F
     return FileEntry(path.name, size_bytes, digest.hexdigest())
 
 
-def _chunks(owned: list[tuple[Kind, Fragment]]) -> Iterable[memoryview]:
-    """The bytes of the safetensors file: header length, header, then the values in header order."""
+def _chunks(owned: list[tuple[Kind, Fragment]]) -> Iterator[memoryview]:
+    """The bytes of the safetensors file: header length, header, then the values in header order.
+
+    A chunk is valid until the next one: all values go through one buffer on the host, because freed buffers
+    of this size would stay in the heap and add up to several.
+    """
     header = _header(owned)
     yield memoryview(len(header).to_bytes(8, "little") + header)
+    buffer = torch.empty(_CHUNK_ELEMENTS)
     for _, fragment in owned:
-        host = fragment.values.detach().cpu().contiguous().numpy().astype("<f4", copy=False)
-        payload = memoryview(host.view(np.uint8).data)
-        for start in range(0, len(payload), _CHUNK_BYTES):
-            yield payload[start : start + _CHUNK_BYTES]
+        for values in fragment.values.detach().split(_CHUNK_ELEMENTS):
+            host = buffer[: len(values)].copy_(values).numpy().astype("<f4", copy=False)
+            yield memoryview(host.view(np.uint8).data)
 
 
 def _header(owned: list[tuple[Kind, Fragment]]) -> bytes:
-    shapes = {fragment.name: list(fragment.global_shape) for _, fragment in owned}
+    shapes = {fragment.name: list(fragment.slice.global_shape) for _, fragment in owned}
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "shapes": json.dumps(shapes)}}
     end = 0
     for kind, fragment in owned:
-        key = f"{kind}/{fragment.name}@{fragment.start}"
+        key = fragment.key(kind)
         assert kind in KINDS, kind
+        assert _split_key(key)[:2] == (kind, fragment.name), f"{key}: its name reads as a slice"
         assert key not in header, f"two fragments of {key} on one rank"
         begin, end = end, end + 4 * len(fragment.values)
         header[key] = {"dtype": "F32", "shape": [len(fragment.values)], "data_offsets": [begin, end]}
@@ -118,8 +136,8 @@ def _header(owned: list[tuple[Kind, Fragment]]) -> bytes:
     return text + b" " * (-len(text) % 8)  # the format aligns the values to 8 bytes
 
 
-def list_pieces(path: Path) -> list[tuple[TensorKey, tuple[int, ...], Piece]]:
-    """Kind and name, whole shape and place of every fragment in a file; reads its header only.
+def list_pieces(path: Path) -> list[tuple[TensorKey, Piece]]:
+    """Kind and name, and place, of every fragment in a file; reads its header only.
 
     Raises:
         UserError: the file is no safetensors file of ours, or of a version that is not known here.
@@ -127,20 +145,33 @@ def list_pieces(path: Path) -> list[tuple[TensorKey, tuple[int, ...], Piece]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in READABLE_FORMATS:
                 raise UserError(
-                    f"{path}: its format is {metadata.get('format')!r}, this version reads {FORMAT!r}; "
+                    f"{path}: its format is {metadata.get('format')!r}, this version reads {READABLE_FORMATS}; "
                     "load it with the version of pgm-scale that wrote it"
                 )
             shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
             return [_piece(path, key, file.get_slice(key).get_shape(), shapes) for key in file.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AssertionError) as error:  # TensorSlice asserts
         raise UserError(f"{path}: not a readable fragment file ({error}); use another step") from None
 
 
 def _piece(
     path: Path, key: str, shape: list[int], shapes: dict[str, tuple[int, ...]]
-) -> tuple[TensorKey, tuple[int, ...], Piece]:
-    kind, _, rest = key.partition("/")
-    name, _, start = rest.rpartition("@")
-    return (cast(Kind, kind), name), shapes[name], Piece(path, key, int(start), shape[0])
+) -> tuple[TensorKey, Piece]:
+    kind, name, place, start = _split_key(key)
+    whole = TensorSlice.whole(shapes[name])
+    slice_ = TensorSlice(whole.global_shape, *place) if place else whole
+    [length] = shape
+    if start + length > slice_.numel:
+        raise ValueError(f"{key!r} ends outside of its tensor")
+    return (cast(Kind, kind), name), Piece(path, key, slice_, start, length)
+
+
+def _split_key(key: str) -> tuple[str, str, list[int], int]:
+    """Kind, name, (offset, run, stride) or nothing, start."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"the key {key!r} is none of ours")
+    kind, name, *place, start = match.groups()
+    return kind, name, [int(number) for number in place if number is not None], int(start)

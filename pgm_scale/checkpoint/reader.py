@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import torch
 from safetensors import safe_open
 
 from pgm_scale.checkpoint.fragments import Piece, TensorKey, list_pieces
+from pgm_scale.checkpoint.geometry import Box, Region, first_fault, grid_stride
 from pgm_scale.errors import UserError
+from pgm_scale.tensor_slices import TensorSlice
 
-Range = tuple[int, int]  # start and length in the flattened whole tensor, in elements
+Range = tuple[TensorSlice, int, int]  # a shard; start and length in the flattened shard, in elements
 Wanted = Mapping[TensorKey, tuple[tuple[int, ...], Sequence[Range]]]  # whole shape, ranges
 
 
 @dataclass(frozen=True)
 class Index:
-    """Shape and stored pieces, ordered by start, of every tensor of a checkpoint step."""
+    """Shape and stored pieces of every tensor of a checkpoint step; the pieces cover each tensor exactly once."""
 
     shapes: dict[TensorKey, tuple[int, ...]]
     pieces: dict[TensorKey, list[Piece]]
@@ -29,34 +32,57 @@ def build_index(paths: Iterable[Path]) -> Index:
     """Read the headers of all rank files and check that the pieces cover every tensor exactly once.
 
     Raises:
-        UserError: one line for each hole, overlap or contradiction in shape.
+        UserError: one line for each tensor with a hole, an overlap or contradictory shapes.
     """
     shapes: dict[TensorKey, tuple[int, ...]] = {}
     pieces: dict[TensorKey, list[Piece]] = {}
     problems: list[str] = []
     for path in paths:
-        for key, shape, piece in list_pieces(path):
-            if shapes.setdefault(key, shape) != shape:
+        for key, piece in list_pieces(path):
+            shape = piece.slice.global_shape
+            if shapes.setdefault(key, shape) == shape:
+                pieces.setdefault(key, []).append(piece)
+            else:
                 problems.append(f"{_text(key)}: shape {shape} in {path.name}, {shapes[key]} in another file")
-            pieces.setdefault(key, []).append(piece)
-    for key, stored in pieces.items():
-        stored.sort(key=lambda piece: (piece.start, piece.length))
-        problems += _coverage_problems(key, math.prod(shapes[key]), stored)
+    problems += [
+        problem
+        for key, stored in pieces.items()
+        if (problem := _coverage_problem(key, shapes[key], stored)) is not None
+    ]
     _refuse(problems, "the stored fragments do not make whole tensors")
     return Index(shapes, pieces)
 
 
-def _coverage_problems(key: TensorKey, size: int, stored: list[Piece]) -> list[str]:
-    problems, end = [], 0
-    for piece in stored:
-        if piece.start != end:
-            fault = "nothing stored for" if piece.start > end else "stored twice:"
-            low, high = sorted((piece.start, end))
-            problems.append(f"{_text(key)}: {fault} elements {low} to {high} (at {piece.path.name})")
-        end = max(end, piece.start + piece.length)
-    if end != size:
-        problems.append(f"{_text(key)}: {end} elements stored, the tensor has {size}")
-    return problems
+def _coverage_problem(key: TensorKey, shape: tuple[int, ...], stored: list[Piece]) -> str | None:
+    """The first hole or overlap in a tensor."""
+    stride = _grid_stride(key, shape, (piece.slice for piece in stored))
+    boxes = [list(_region(piece, stride).boxes()) for piece in stored]
+    fault = first_fault(itertools.chain(*boxes), math.prod(shape) // max(stride, 1), stride)
+    if fault is None:
+        return None
+    low = fault.box.top * stride + fault.box.left
+    place = f"elements {low} to {low + fault.box.right - fault.box.left}"
+    if fault.missing:
+        return f"{_text(key)}: nothing stored for {place}"
+    owners = {
+        piece.path.name
+        for piece, own in zip(stored, boxes, strict=True)
+        if any(fault.box.common(box) for box in own)
+    }
+    return f"{_text(key)}: stored twice: {place} (in {', '.join(sorted(owners))})"
+
+
+def _region(piece: Piece, stride: int) -> Region:
+    return Region.of(piece.slice, piece.start, piece.length, stride)
+
+
+def _grid_stride(key: TensorKey, shape: tuple[int, ...], slices: Iterable[TensorSlice]) -> int:
+    try:
+        return grid_stride(shape, slices)
+    except ValueError as error:
+        raise UserError(
+            f"{_text(key)}: {error}, which cannot be combined; load it with the version of pgm-scale that wrote it"
+        ) from None
 
 
 def check_names(index: Index, wanted: Wanted) -> None:
@@ -83,31 +109,56 @@ def check_names(index: Index, wanted: Wanted) -> None:
 
 
 def assemble(index: Index, wanted: Wanted) -> dict[TensorKey, list[torch.Tensor]]:
-    """Fill every wanted range from the stored pieces; a file is opened once, and only needed parts are read.
+    """Fill every wanted range from the stored pieces, whatever shards they are of.
+
+    A file is opened once and mapped, so only the parts that are needed are read; the memory in use is what is
+    returned.
 
     Returns:
         for each key one 1-D fp32 CPU tensor a range, in the order asked.
+
+    Raises:
+        UserError: a tensor's stored and wanted shards are cut in two ways.
     """
-    values: dict[TensorKey, list[torch.Tensor]] = {}
-    copies: dict[Path, list[tuple[Piece, int, int, torch.Tensor]]] = {}
+    values = {key: [torch.empty(length) for _, _, length in ranges] for key, (_, ranges) in wanted.items()}
+    copies: dict[Path, list[_Copy]] = {}
     for key, (shape, ranges) in wanted.items():
-        values[key] = []
-        for start, length in ranges:
-            assert 0 <= start <= start + length <= math.prod(shape), (key, start, length)
-            target = torch.empty(length, dtype=torch.float32)
-            values[key].append(target)
-            for piece in index.pieces[key]:
-                low = max(start, piece.start)
-                high = min(start + length, piece.start + piece.length)
-                if low < high:
-                    copies.setdefault(piece.path, []).append(
-                        (piece, low, high, target[low - start : high - start])
-                    )
+        for range_, target in zip(ranges, values[key], strict=True):
+            for copy in _copies(key, shape, range_, target, index.pieces[key]):
+                copies.setdefault(copy.piece.path, []).append(copy)
     for path, parts in copies.items():
         with safe_open(path, framework="pt") as file:
-            for piece, low, high, target in parts:
-                target.copy_(file.get_slice(piece.key)[low - piece.start : high - piece.start])
+            for copy in parts:
+                copy.target.copy_(copy.region.cut(file.get_slice(copy.piece.key), copy.box))
     return values
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A rectangle of a stored piece and the place `[rows, columns]` of its values in a wanted range."""
+
+    piece: Piece
+    region: Region
+    box: Box
+    target: torch.Tensor
+
+
+def _copies(
+    key: TensorKey, shape: tuple[int, ...], range_: Range, target: torch.Tensor, stored: list[Piece]
+) -> Iterator[_Copy]:
+    """What a wanted range has in common with each stored piece."""
+    slice_, start, length = range_
+    assert slice_.global_shape == tuple(shape), (key, slice_)
+    assert 0 <= start <= start + length <= slice_.numel, (key, start, length)
+    stride = _grid_stride(key, shape, (slice_, *(piece.slice for piece in stored)))
+    wanted = Region.of(slice_, start, length, stride)
+    wanted_boxes = list(wanted.boxes())
+    for piece in stored:
+        region = _region(piece, stride)
+        for own, other in itertools.product(region.boxes(), wanted_boxes):
+            box = own.common(other)
+            if box is not None:
+                yield _Copy(piece, region, box, wanted.cut(target, box))
 
 
 def _text(key: TensorKey) -> str:

@@ -18,6 +18,7 @@ from pgm_scale.checkpoint.peers import ALONE, Peers, describe
 from pgm_scale.checkpoint.reader import Index, Wanted, assemble, build_index, check_names
 from pgm_scale.checkpoint.step_folders import StepFolders, step_name
 from pgm_scale.errors import UserError
+from pgm_scale.tensor_slices import TensorSlice
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +136,11 @@ class CheckpointStore:
         return {kind for kind, _ in self._index(step).shapes}
 
     def read(self, step: int, wanted: Wanted) -> dict[TensorKey, list[torch.Tensor]]:
-        """Any flat ranges of a verified step, whatever layout wrote it.
+        """Any flat ranges of whole tensors or shards of a verified step, whatever layout wrote it.
 
         Args:
-            wanted: for every (kind, name) of the model its whole shape and the (start, length) ranges to
-                read, which may be none: names that this rank holds nothing of are still compared.
+            wanted: for every (kind, name) of the model its whole shape and the ranges to read as (slice, start,
+                length), which may be none: names that this rank holds nothing of are still compared.
 
         Returns:
             for each key one 1-D fp32 CPU tensor a range, in the order asked.
@@ -162,7 +163,9 @@ class CheckpointStore:
         if not shapes:
             stored = sorted({kind for kind, _ in index.shapes})
             raise UserError(f"{self.folders.of(step)} has no {kind!r} values, only {stored}")
-        whole: Wanted = {key: (shape, [(0, math.prod(shape))]) for key, shape in shapes.items()}
+        whole: Wanted = {
+            key: (shape, [(TensorSlice.whole(shape), 0, math.prod(shape))]) for key, shape in shapes.items()
+        }
         return {key[1]: values.view(shapes[key]) for key, (values,) in assemble(index, whole).items()}
 
     def _index(self, step: int) -> Index:

@@ -12,6 +12,7 @@ from pgm_scale.checkpoint.fragments import Fragment, Kind
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.state import ParameterState
+from pgm_scale.tensor_slices import TensorSlice
 from pgm_scale.training.ema import ExponentialMovingAverage
 
 
@@ -51,7 +52,9 @@ class Checkpointer:
         wanted = {
             (kind, name): (
                 shape,
-                [(held[name].start, held[name].weight.numel())] if name in held else [],
+                [(TensorSlice.whole(shape), held[name].start, held[name].weight.numel())]
+                if name in held
+                else [],
             )
             for kind in kinds
             for name, shape in shapes.items()
@@ -85,10 +88,8 @@ class Checkpointer:
             for kind, values in self._targets(index).items():
                 first, last = self._owned_range(entry)
                 if last > first:
-                    yield (
-                        kind,
-                        Fragment(entry.name, entry.global_shape, entry.start + first, values[first:last]),
-                    )
+                    whole = TensorSlice.whole(entry.global_shape)
+                    yield kind, Fragment(entry.name, whole, entry.start + first, values[first:last])
 
     def _owned_range(self, entry: ParameterState) -> tuple[int, int]:
         """What this rank writes of a range that all ranks hold: an even share, so that all disks work."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pgm_scale.checkpoint import CheckpointStore, Fragment, Kind, Peers
+from pgm_scale.tensor_slices import TensorSlice
 
 SHAPES = {"backbone.w": (5, 7), "backbone.b": (7,), "scale": ()}
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -34,7 +35,7 @@ def fragments_of(
         share = math.ceil(tensor.numel() / world_size)
         start = min(rank * share, tensor.numel())
         values = tensor.flatten()[start : start + share]
-        owned.append((kind, Fragment(name, tuple(tensor.shape), start, values)))
+        owned.append((kind, Fragment(name, TensorSlice.whole(tensor.shape), start, values)))
     return owned
 
 

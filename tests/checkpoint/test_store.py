@@ -11,6 +11,7 @@ import torch
 
 from pgm_scale.checkpoint import CheckpointStore, Fragment
 from pgm_scale.errors import UserError
+from pgm_scale.tensor_slices import TensorSlice
 from tests.checkpoint.support import (
     assert_step_is_good,
     fragments_of,
@@ -157,7 +158,7 @@ def test_disk_full_keeps_the_old_steps(tmp_path):
         store = CheckpointStore(tmp_path)
         values = torch.zeros(1 << 19)
         try:
-            store.save(2, [("weight", Fragment("w", (1 << 19,), 0, values))], {"step": 2})
+            store.save(2, [("weight", Fragment("w", TensorSlice.whole((1 << 19,)), 0, values))], {"step": 2})
         except UserError as error:
             message = str(error)
         save(store, 3)  # the same process goes on and saves the next, smaller one
