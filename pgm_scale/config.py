@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,11 +66,11 @@ class AutoregressiveTransformerConfig:
 ModelConfig = PartitionTransformerConfig | DiffusionTransformerConfig | AutoregressiveTransformerConfig
 
 
-def _pgm_size(encoder: int, decoder: int, hidden: int) -> dict[str, Any]:
+def _pgm_size(encoder: int, decoder: int, hidden: int, head: int = 64) -> dict[str, Any]:
     return {
         "kind": "partition_transformer",
         "hidden_size": hidden,
-        "num_heads": hidden // 64,
+        "num_heads": hidden // head,
         "num_encoder_blocks": encoder,
         "num_decoder_blocks": decoder,
     }
@@ -85,6 +85,13 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
     **{f"pgm-{e}-{m}-{h}": _pgm_size(e, m, h) for e, m, h in [(6, 6, 768), (8, 8, 768), (6, 6, 1024)]},
     **{f"pgm-{e}-{m}-{h}": _pgm_size(e, m, h) for e, m, h in [(8, 4, 768), (10, 2, 768), (4, 8, 768)]},
     "pgm-10-6-768": _pgm_size(10, 6, 768),
+    # By their parameters with 50,258 tokens: 202,708,818; 1,261,921,618; 7,024,895,314; 30,791,920,978;
+    # 69,277,648,210. The widths and depths are those of language models of these sizes, in heads of 128.
+    "pgm-0.2b": _pgm_size(8, 8, 768),
+    "pgm-1.3b": _pgm_size(10, 10, 2048, head=128),
+    "pgm-7b": _pgm_size(16, 16, 4096, head=128),
+    "pgm-30b": _pgm_size(24, 24, 7168, head=128),
+    "pgm-70b": _pgm_size(42, 42, 8192, head=128),
     "mdlm-12-768": _stack_size("diffusion_transformer", 12, 768, 12),
     "mdlm-24-1024": _stack_size("diffusion_transformer", 24, 1024, 16),
     "mdlm-24-1536": _stack_size("diffusion_transformer", 24, 1536, 24),
@@ -185,6 +192,7 @@ class TrainingConfig:
     global_batch_sequences: int = 512
     micro_batch_sequences: int = 32  # per data-parallel rank and forward pass
     precision: Literal["fp32", "bf16"] = "bf16"
+    recompute_blocks: bool = False  # keep only the blocks' inputs and compute the rest again: a third more work
     seed: int = 1
     ema_decay: float = 0.9999
     log_interval_steps: int = 10
@@ -192,7 +200,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """How the ranks share the work; data-parallel ranks are world size / (tensor x pipeline)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False  # tensor ranks also share the tokens of norms, residuals and dropout
+    stage_units: tuple[int, ...] = ()  # units of each pipeline stage; empty: split by measured cost
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False  # DeepSpeed's ZeRO-Offload: the optimizer's state lives in host memory
+    timeout_s: float = 600.0  # without progress for as long, a run names the rank that hangs, and ends
 
 
 @dataclass(frozen=True)
@@ -255,8 +271,12 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML file and apply `section.key=value` overrides.
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    check: Callable[[RunConfig], list[str]] = lambda _: [],
+) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides; `check` may add problems of its own.
 
     Raises:
         UserError: the file cannot be read, or one line for each problem in it.
@@ -267,7 +287,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         _apply_override(tree, override, problems)
     config = parse(RunConfig, tree, problems)
     if config is not None and not problems:
-        problems += inconsistencies(config)
+        problems += inconsistencies(config) + check(config)
     if config is None or problems:
         raise UserError(
             f"{path}: {len(problems)} problem(s) in the configuration:\n  " + "\n  ".join(problems)
@@ -344,12 +364,15 @@ def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
         )
         return None
     if origin is tuple:
+        if arguments[-1] is Ellipsis and isinstance(value, (list, tuple)):
+            arguments = arguments[:1] * len(value)
         if isinstance(value, (list, tuple)) and len(value) == len(arguments):
             return tuple(
                 _parse_value(a, v, problems, f"{where}[{i}]")
                 for i, (a, v) in enumerate(zip(arguments, value, strict=True))
             )
-        problems.append(f"{where}: expected {len(arguments)} values, found {value!r}")
+        count = "a list of" if Ellipsis in arguments else len(arguments)
+        problems.append(f"{where}: expected {count} values, found {value!r}")
         return None
     return _parse_scalar(hint, value, problems, where)
 
@@ -439,6 +462,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "training.seed": (0, 2**63 - 1),
     "training.ema_decay": (0.0, 0.9999999),
     "training.log_interval_steps": _AT_LEAST_ONE,
+    "parallel.tensor": _AT_LEAST_ONE,
+    "parallel.pipeline": _AT_LEAST_ONE,
+    "parallel.timeout_s": (1.0, 1e6),
     "checkpoint.interval_steps": _AT_LEAST_ONE,
     "checkpoint.keep_last": _AT_LEAST_ONE,
     "checkpoint.milestone_interval_steps": _FROM_ZERO,
@@ -455,7 +481,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 def inconsistencies(config: RunConfig) -> list[str]:
     """Values out of range, and what each key allows but their combination does not.
 
-    What depends on the number of processes is checked by `parallel.mesh.layout_problems`.
+    What the parallel layout needs is checked by `parallel.layout.layout_problems`.
     """
     problems = []
     for name, (low, high) in _RANGES.items():

@@ -23,7 +23,8 @@ from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import UserError
 from pgm_scale.models import build_model
 from pgm_scale.parallel.launch import Launch, find_launch
-from pgm_scale.parallel.mesh import Mesh, connect, disconnect, layout_problems
+from pgm_scale.parallel.layout import layout_problems
+from pgm_scale.parallel.mesh import Mesh, connect, disconnect
 from pgm_scale.parallel.optimizer import build_adamw
 from pgm_scale.run_folder import RunFolder
 

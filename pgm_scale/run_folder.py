@@ -4,6 +4,7 @@
     <run>/run.json            identity: run id, vocabulary, length, fingerprints of tokenizer and training data
     <run>/tokenizer.json      the data set's tokenizer
     <run>/metrics.jsonl       one JSON object a logged step
+    <run>/unit_costs.json     seconds of each kind of unit, by which a pipeline is split into stages
     <run>/samples/            text generated at validations
     <run>/checkpoints/        see `pgm_scale.checkpoint.store`
 
@@ -17,6 +18,7 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +77,7 @@ class RunFolder:
         self.identity_path = self.path / "run.json"
         self.tokenizer_path = self.path / "tokenizer.json"
         self.metrics_path = self.path / "metrics.jsonl"
+        self.unit_costs_path = self.path / "unit_costs.json"
         self.samples_path = self.path / "samples"
 
     def create_or_match(self, config: RunConfig, train: DatasetManifest, tokenizer_path: Path) -> RunIdentity:
@@ -115,6 +118,19 @@ class RunFolder:
                 f"{self.path} is not a run folder (no config.yaml in it); give the folder of a run"
             )
         return configuration.load(self.config_path)
+
+    def unit_costs(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Those that were measured before in this run, or else now."""
+        try:
+            return json.loads(self.unit_costs_path.read_bytes())
+        except FileNotFoundError:
+            costs = measure()
+            atomic_write_bytes(self.unit_costs_path, (json.dumps(costs, indent=2) + "\n").encode())
+            return costs
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read {self.unit_costs_path} ({error}); delete it to measure the costs again"
+            ) from None
 
     def identity(self) -> RunIdentity:
         try:

@@ -52,6 +52,7 @@ class AutoregressiveTransformer(nn.Module):
         self.config, self.vocab_size, self.length = config, vocab_size, length
         self.span = span = span or whole_span(config)
         hidden = config.hidden_size
+        self.local_heads = config.num_heads // layers.tensor_parallel_size
         self.vocab_embed = layers.vocab_embedding(vocab_size, hidden) if 0 in span else None
         self.rotary_emb = RotaryTable(length, hidden // config.num_heads)
         self.blocks = numbered(
@@ -92,12 +93,15 @@ class AutoregressiveTransformer(nn.Module):
             cache.length_tokens = start + new
         return x_TH if self.output_layer is None else self.output_layer(x_TH, None, readout, tokens_Bn.shape)
 
+    def rows_before(self, unit: int, tokens_Bn: Tensor) -> int:
+        """Rows of H that pass into a unit from the one before it."""
+        return tokens_Bn.numel()
+
     def new_cache(self, batch_sequences: int) -> KeyValueCache:
         """An empty cache for `batch_sequences` sequences, in the dtype and on the device of the weights."""
-        block: Any = self.blocks[0]
-        weight = block.norm1.weight
+        weight = next(self.parameters())
         head_size = self.config.hidden_size // self.config.num_heads
-        size_BLND = (batch_sequences, self.length, block.local_heads, head_size)
+        size_BLND = (batch_sequences, self.length, self.local_heads, head_size)
         return KeyValueCache(len(self.blocks), size_BLND, weight.dtype, weight.device)
 
 

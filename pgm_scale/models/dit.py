@@ -80,6 +80,10 @@ class DiffusionTransformer(nn.Module):
             return x_TH
         return self.output_layer(x_TH, condition, readout, tokens_BL.shape)
 
+    def rows_before(self, unit: int, tokens_BL: Tensor, sigma_B: Tensor | None = None) -> int:
+        """Rows of H that pass into a unit from the one before it."""
+        return tokens_BL.numel()
+
 
 def full_attention(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, sequences: int) -> Tensor:
     """Every position reads every position of its sequence; T = sequences * L."""

@@ -46,6 +46,17 @@ def tensor_slice(parameter: nn.Parameter) -> TensorSlice:
     return getattr(parameter, "slice", None) or TensorSlice.whole(tuple(parameter.shape))
 
 
+def note_slices(model: nn.Module) -> None:
+    """Write the slice on every parameter, also the whole ones: ZeRO-3 takes their shapes away."""
+    for parameter in model.parameters():
+        parameter.slice = tensor_slice(parameter)  # type: ignore[attr-defined]
+
+
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether the tensor-parallel ranks hold parts of it, not the same."""
+    return not tensor_slice(parameter).is_whole
+
+
 def initial_values(name: str, parameter: nn.Parameter, seed: int) -> Tensor:
     """fp32 CPU values of this rank's part; rows that pad a vocabulary are 0."""
     part = tensor_slice(parameter)

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgm_scale.models.vocabulary import VocabularyEmbedding, VocabularyLinear
-
 from pgm_scale.models.initialization import fill_with, ones, uniform, zeros
+from pgm_scale.models.vocabulary import VocabularyEmbedding, VocabularyLinear
 
 Linear = TypeVar("Linear", bound=nn.Module)
 FREQUENCY_BASE = 10000.0

@@ -36,7 +36,7 @@ from pgm_scale.models.layers import (
 )
 from pgm_scale.models.readout import Readout, logits
 from pgm_scale.models.segments import Segments, segment_attention
-from pgm_scale.models.stages import Span, numbered, streams_before, whole_span
+from pgm_scale.models.stages import Span, numbered, whole_span
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class PartitionTransformer(nn.Module):
         self.config, self.vocab_size, self.length = config, vocab_size, length
         self.span = span = span or whole_span(config)
         self.group_swap_unit = 1 + config.num_encoder_blocks
-        output_unit = self.group_swap_unit + config.num_decoder_blocks + 1
+        self.output_unit = self.group_swap_unit + config.num_decoder_blocks + 1
         hidden, condition = config.hidden_size, config.condition_size
         self.vocab_embed = layers.vocab_embedding(vocab_size, hidden) if 0 in span else None
         self.rotary_emb = RotaryTable(length, hidden // config.num_heads)
@@ -104,7 +104,7 @@ class PartitionTransformer(nn.Module):
             has_group_swap=self.group_swap_unit in span,
         )
         self.output_layer = (
-            OutputLayer(hidden, vocab_size, condition, layers) if output_unit in span else None
+            OutputLayer(hidden, vocab_size, condition, layers) if self.output_unit in span else None
         )
 
     def forward(
@@ -127,15 +127,25 @@ class PartitionTransformer(nn.Module):
             if self.decoder.group_swap is None:
                 return encoded_TH
             decoded_QH = self.decoder.group_swap(encoded_TH, inputs, rotaries)
-        elif x.dim() == 3:
-            decoded_QH, encoded_TH = x.unbind(0)
         else:
-            decoded_QH = encoded_TH = x  # nothing but the output is left to do
+            queries = self._decoder_rows(x.shape[0], inputs)
+            decoded_QH, encoded_TH = x[:queries], x[queries:]
         decoded_QH = self.decoder(decoded_QH, encoded_TH, inputs, rotaries, condition)
         if self.output_layer is not None:
             return self.output_layer(decoded_QH, condition, readout)
-        sends_both = streams_before(self.config, self.span.last) == 2
-        return torch.stack([decoded_QH, encoded_TH]) if sends_both else decoded_QH
+        return decoded_QH if self.span.last == self.output_unit else torch.cat([decoded_QH, encoded_TH])
+
+    def rows_before(self, unit: int, inputs: PartitionInputs) -> int:
+        """Rows of H that pass into a unit from the one before it."""
+        queries, keys = inputs.query_positions_Q.numel(), inputs.tokens_T.numel()
+        if unit <= self.group_swap_unit:
+            return keys
+        return queries if unit == self.output_unit else queries + keys
+
+    def _decoder_rows(self, rows: int, inputs: PartitionInputs) -> int:
+        """How many of the received rows are the decoder's; a rank may have received only its own tokens."""
+        all_rows = self.rows_before(self.span.first, inputs)
+        return inputs.query_positions_Q.numel() * rows // all_rows
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """A model as a row of units, of which every pipeline stage holds a span.
 
 The units of the Partition Transformer are: embedding, encoder blocks, GroupSwap, decoder blocks, output. Those
-of the others: embedding, blocks, output. What passes from one unit to the next is a stream of `[T, H]`; from
-GroupSwap to the last decoder block it is two of them, the decoder's and the encoder's finished one, as
-`[2, T, H]`.
+of the others: embedding, blocks, output. What passes from one stage to the next is a stream of `[T, H]`; from
+GroupSwap to the last decoder block it is two of them in one tensor `[Q + T, H]`, the decoder's and the finished
+one of the encoder. A model's `rows_before(unit, *arguments)` tells the receiver how many rows there are.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def spans(stage_units: Iterable[int]) -> list[Span]:
     return [Span(first, last) for first, last in pairwise([0, *accumulate(stage_units)])]
 
 
-def streams_before(config: ModelConfig, unit: int) -> int:
-    """How many `[T, H]` streams pass into `unit`: 2 for decoder blocks, else 1."""
-    return 2 if unit_kinds(config)[unit] == "decoder_block" else 1
+def is_shared(parameter_name: str) -> bool:
+    """Whether every stage has this parameter: the time embedding, whose output all units with adaLN read."""
+    return parameter_name.startswith("sigma_map.")
 
 
 def numbered(blocks: dict[int, nn.Module]) -> nn.ModuleList:

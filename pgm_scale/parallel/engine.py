@@ -1,7 +1,9 @@
-"""The DeepSpeed engine: forward, backward and update of a plain model over data-parallel ranks, ZeRO 0 to 3.
+"""The DeepSpeed engine: forward, backward and update of a model over all ranks of a mesh.
 
-What the rest of the package needs of it is small: call it like the model, `backward`, `step`, and the fp32
-training state of this rank as flat views (`parallel.state`), which is all that checkpoints and the EMA use.
+ZeRO 0 to 3 over the data-parallel ranks, each with its part of the model: all of it, the slices of a
+tensor-parallel rank, or the span of a pipeline stage. What the rest of the package needs of it is small:
+`forward_backward`, `step`, and the fp32 training state of this rank as flat views (`parallel.state`), which is
+all that checkpoints and the EMA use.
 """
 
 from __future__ import annotations
@@ -10,69 +12,103 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pgm_scale.config import RunConfig
+from pgm_scale.models.initialization import is_split, note_slices, tensor_slice
+from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
+from pgm_scale.models.stages import is_shared
+from pgm_scale.parallel.construction import build_part, layer_builder, materialize, stage_span
+from pgm_scale.parallel.host_device import megatron_device
 from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import build_adamw
-from pgm_scale.parallel.state import ParameterState, find_state, refresh_weights
+from pgm_scale.parallel.state import ParameterState, find_state, is_first_copy, refresh_weights
+from pgm_scale.parallel.topology import Topology
 
 
 class Engine:
-    """A model under DeepSpeed.
+    """A model, or this rank's part of it, under DeepSpeed.
 
     Gradients are summed over micro-batches and ranks, never averaged: the caller divides the loss by the
     number of tokens in the global batch, so that every layout computes the same update.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(
+        self, model: nn.Module, config: RunConfig, mesh: Mesh, layers: LayerBuilder = LOCAL_LAYERS
+    ) -> None:
+        """`model` is on the mesh's device, with equal weights on all data-parallel ranks; `layers` made it."""
+        self.mesh, self.layers = mesh, layers
         self.zero_stage = config.parallel.zero_stage
         self.micro_steps = config.training.global_batch_sequences // (
             config.training.micro_batch_sequences * mesh.data_ranks
         )
         self._clip_norm = config.optimizer.gradient_clip_norm
+        note_slices(model)
+        self._mark_copies(model)
         # ZeRO-0 has no partition to hold fp32 master weights: keep fp32 weights and cast in the matmuls.
         self._autocast = config.training.precision == "bf16" and self.zero_stage == 0
         if self._autocast:
             # Inside the model, because DeepSpeed switches off an autocast around itself.
             model.forward = torch.autocast(mesh.device.type, dtype=torch.bfloat16)(model.forward)
-        # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU:
-        # it needs a C++ compiler and takes a minute; gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Before ZeRO-3 takes the parameters apart.
-        self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        model = model.to(mesh.device)
+        self.parameter_shapes = self._whole_shapes(model)
+        if layers.tensor_parallel_size > 1 and config.parallel.sequence_parallel:
+            from pgm_scale.parallel.tensor_layers import sum_partial_gradients
+
+            sum_partial_gradients(model, self._groups.tensor)
+        settings = deepspeed_config(config, mesh)
         optimizer = build_adamw(model.parameters(), config.optimizer, mesh.device)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self._deepspeed_config(config)
-            )
+        self._engine = _initialize(model, optimizer, settings, mesh)
         self._optimizer = optimizer
-        self.state: list[ParameterState] = find_state(self._engine, optimizer, self.zero_stage)
+        self._stage = None
+        if mesh.stages > 1:
+            from pgm_scale.parallel.pipeline import PipelineStage
+
+            dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+            self._stage = PipelineStage(self.module, mesh, dtype, config.parallel.sequence_parallel)
+        self.state: list[ParameterState] = find_state(self._engine, optimizer, self.zero_stage, mesh)
         self.gradient_norm = math.nan
 
-    def _deepspeed_config(self, config: RunConfig) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": config.training.micro_batch_sequences,
-            "gradient_accumulation_steps": self.micro_steps,
-            "zero_optimization": {"stage": self.zero_stage, "overlap_comm": False},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1 << 62,
-        }
-        if self.zero_stage > 0:
-            settings["gradient_clipping"] = self._clip_norm
-        if config.training.precision == "bf16" and not self._autocast:
-            settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-            settings["communication_data_type"] = "fp32"  # twice the bytes; bf16 would round the sums
-        return settings
+    @classmethod
+    def build(
+        cls, config: RunConfig, vocab_size: int, length: int, mesh: Mesh, stage_units: Sequence[int] = ()
+    ) -> Engine:
+        """The engine of a run's model with its initial weights; `stage_units` are those of each stage."""
+        layers = layer_builder(mesh, config.parallel)
+        span = stage_span(config.model, mesh, stage_units)
+        recompute = config.training.recompute_blocks
+        model = build_part(config.model, vocab_size, length, layers, span, recompute)
+        zero_stage = config.parallel.zero_stage
+        casts = config.training.precision == "bf16" and zero_stage > 0
+        dtype = torch.bfloat16 if casts else torch.float32
+        if zero_stage == 3:
+            partition = deepspeed.zero.Init(
+                data_parallel_group=mesh.data_group,
+                config_dict_or_path=deepspeed_config(config, mesh),
+                dtype=dtype,
+                mpu=_topology(mesh),
+            )
+            materialize(
+                model,
+                config.training.seed,
+                mesh.device,
+                dtype,
+                lambda p: partition._convert_to_zero_parameters([p]),
+            )
+        else:
+            materialize(model, config.training.seed, mesh.device, dtype)
+        return cls(model, config, mesh, layers)
+
+    @property
+    def _groups(self) -> Any:
+        assert self.mesh.groups is not None
+        return self.mesh.groups
 
     @property
     def module(self) -> nn.Module:
@@ -82,6 +118,16 @@ class Engine:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._engine(*arguments, **options)
 
+    def forward_backward(self, steps: Sequence[MicroStep]) -> None:
+        """Forward and backward of all micro-batches of a step; afterwards every gradient is whole."""
+        with megatron_device(needed=self.mesh.groups is not None):
+            if self._stage is not None:
+                self._run_pipeline(steps)
+                return
+            for step in steps:
+                step.begin()
+                self.backward(step.loss(self(*step.arguments, readout=step.readout)))
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one micro-batch's share of the global mean loss."""
         # DeepSpeed averages over ranks; the loss is already divided by the global token count.
@@ -89,23 +135,56 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # not an update: it only counts the micro-batch
 
+    def _run_pipeline(self, steps: Sequence[MicroStep]) -> None:
+        """Megatron's schedule calls the module itself; DeepSpeed sees the gradients once they are complete."""
+        assert self._stage is not None
+        zero = self._engine.optimizer
+        zero.clear_backward_seen_flag()  # drops the fp32 sums of the step before, as its own forward would
+        self._engine.set_gradient_accumulation_boundary(False)
+        self._stage.run(steps, loss_scale=self.mesh.data_ranks)  # DeepSpeed averages over ranks
+        self._sum_shared_gradients(zero)
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+
+    def _sum_shared_gradients(self, zero: Any) -> None:
+        """The parameters that every stage has get the sum of what the stages have computed for them."""
+        for name, parameter in self.module.named_parameters():
+            if is_shared(name):
+                gradient = zero.get_gradient_for_reduction(parameter)
+                if gradient is None:  # no unit of this stage reads it
+                    parameter.grad = torch.zeros_like(parameter)
+                    if zero.use_grad_accum_attribute:
+                        zero._fill_param_grad_accum_attribute(parameter)
+                    gradient = zero.get_gradient_for_reduction(parameter)
+                dist.all_reduce(gradient, group=self._groups.pipeline)
+
     def step(self, learning_rate: float) -> bool:
-        """Clip and update, after the last micro-batch's `backward`. False: the gradient was not finite.
+        """Clip and update, after `forward_backward`. False: the gradient was not finite.
 
         No rank applies an update with a non-finite gradient; `gradient_norm` is then not finite.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero_stage == 0:
-            # The same gradients are on all ranks by now; DeepSpeed would not tell their norm.
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm)
-            self.gradient_norm = float(norm)
+            self.gradient_norm = self._clip_replicated()
             if not math.isfinite(self.gradient_norm):
                 return False
         self._engine.step()
         if self.zero_stage > 0:
             self.gradient_norm = float(self._engine.get_global_grad_norm())
         return math.isfinite(self.gradient_norm) and self.gradient_norm >= 0
+
+    def _clip_replicated(self) -> float:
+        """ZeRO-0: every data-parallel rank has the same gradients, of which DeepSpeed would not tell the norm."""
+        parameters = dict(self.module.named_parameters())
+        counted = [p.grad for name, p in parameters.items() if is_first_copy(name, p, self.mesh)]
+        norm = nn.utils.get_total_norm([g for g in counted if g is not None])
+        if self.mesh.groups is not None:
+            squared = norm.double() ** 2
+            dist.all_reduce(squared, group=self._groups.model)
+            norm = squared.sqrt().float()
+        nn.utils.clip_grads_with_norm_(parameters.values(), self._clip_norm, norm)
+        return float(norm)
 
     def train(self) -> None:
         self._engine.train()
@@ -114,7 +193,8 @@ class Engine:
     def evaluation(self, weights: list[torch.Tensor] | None) -> Iterator[nn.Module]:
         """The module in eval mode, with `weights` (one flat fp32 tensor beside each of `state`) if given.
 
-        The training weights are back afterwards, bit for bit.
+        All ranks of a model copy call it together, and each gets the result. The training weights are back
+        afterwards, bit for bit.
         """
         kept = None
         if weights is not None:
@@ -122,7 +202,16 @@ class Engine:
             self.load_weights(weights)
         self._engine.eval()
         try:
-            with torch.no_grad():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(megatron_device(needed=self.mesh.groups is not None))
+                if self.layers.tensor_parallel_size > 1:
+                    from pgm_scale.parallel.tensor_layers import TensorParallelLayers, whole_sequences
+
+                    assert isinstance(self.layers, TensorParallelLayers)
+                    stack.enter_context(whole_sequences(self.module, self.layers))
+                if self._stage is not None:
+                    stack.enter_context(self._stage.called_whole())
                 yield self.module
         finally:
             self._engine.train()
@@ -145,8 +234,67 @@ class Engine:
 
     def refresh_weights(self) -> None:
         """After `state` was written to: bring the weights that the model computes with up to date."""
-        refresh_weights(self._engine, self.state, self.zero_stage)
+        refresh_weights(self._engine, self.state, self.zero_stage, self.mesh)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module."""
         self._engine.destroy()
+
+    def _mark_copies(self, model: nn.Module) -> None:
+        """Tell DeepSpeed which parameters count once in the gradient norm though several ranks hold them."""
+        for name, parameter in model.named_parameters():
+            parameter.tensor_model_parallel = is_split(parameter)  # type: ignore[attr-defined]
+            parameter.ds_pipe_replicated = self.mesh.stage > 0 and is_shared(name)  # type: ignore[attr-defined]
+
+    def _whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of the parameters of all stages."""
+        own = {name: tensor_slice(p).global_shape for name, p in model.named_parameters()}
+        if self.mesh.stages == 1:
+            return own
+        return {name: shape for part in self.mesh.gather(own) for name, shape in part.items()}
+
+
+def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """DeepSpeed's settings for a run on a mesh."""
+    training, parallel = config.training, config.parallel
+    accumulation = training.global_batch_sequences // (training.micro_batch_sequences * mesh.data_ranks)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_sequences,
+        # A pipeline hands over the gradients of all micro-batches at once.
+        "gradient_accumulation_steps": 1 if mesh.stages > 1 else accumulation,
+        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 62,
+    }
+    if parallel.zero_stage > 0:
+        settings["gradient_clipping"] = config.optimizer.gradient_clip_norm
+    if parallel.offload_optimizer:
+        pinned = mesh.device.type == "cuda"
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        settings["zero_force_ds_cpu_optimizer"] = (
+            False  # torch's fused AdamW is as fast and needs no compiler
+        )
+    if training.precision == "bf16" and parallel.zero_stage > 0:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"  # twice the bytes; bf16 would round the sums
+    return settings
+
+
+def _topology(mesh: Mesh) -> Topology | None:
+    return Topology(mesh) if mesh.groups is not None else None
+
+
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
+) -> Any:
+    # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU:
+    # it needs a C++ compiler and takes a minute; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.groups.mpu = None  # an engine of another layout may have left its own here
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=_topology(mesh)
+        )
+    return engine

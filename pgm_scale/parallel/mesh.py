@@ -1,10 +1,12 @@
-"""The mesh: which process this is among how many, once they are connected.
+"""The mesh: which process this is among how many, once they are connected, and the groups it belongs to.
 
-It is the only owner of ranks; everything else is handed a `Mesh`.
+It is the only owner of ranks; everything else is handed a `Mesh`. Megatron-core makes the groups, in its order:
+neighbouring ranks are tensor-parallel, then data-parallel, then pipeline stages.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,39 +15,91 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pgm_scale.config import RunConfig
+from pgm_scale.config import ParallelConfig
 from pgm_scale.parallel.launch import Launch
 
-COLLECTIVE_TIMEOUT_S = 600
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process groups in a layout with tensor or pipeline parallelism.
+
+    Attributes:
+        tensor: the ranks that share each of this stage's layers.
+        data: the ranks that hold the same part of the model, for other samples.
+        pipeline: the stages of one model copy, at this tensor rank.
+        model: all ranks of one model copy, tensor x pipeline.
+    """
+
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    model: dist.ProcessGroup
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place. Data parallelism spans all ranks."""
+    """This process's place; `groups` is None where data parallelism spans all ranks."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    groups: Groups | None = None
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tensor.rank() if self.groups else 0
+
+    @property
+    def tensor_ranks(self) -> int:
+        return self.groups.tensor.size() if self.groups else 1
+
+    @property
+    def stage(self) -> int:
+        return self.groups.pipeline.rank() if self.groups else 0
+
+    @property
+    def stages(self) -> int:
+        return self.groups.pipeline.size() if self.groups else 1
 
     @property
     def data_rank(self) -> int:
-        return self.rank
+        return self.groups.data.rank() if self.groups else self.rank
 
     @property
     def data_ranks(self) -> int:
-        return self.world_size
+        return self.groups.data.size() if self.groups else self.world_size
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """None is the group of all ranks, as torch takes it."""
+        return self.groups.data if self.groups else None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.stages - 1
+
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Sum of a small float64 vector over all ranks; blocks until every rank has joined."""
+        """Sum of a small float64 vector over the data-parallel ranks, known to all ranks afterwards.
+
+        Each model copy counts once, with what its last stage gives, where the losses are.
+        """
+        counts = self.is_last_stage and self.tensor_rank == 0
+        return self._reduce(values if counts else np.zeros_like(values), dist.ReduceOp.SUM)
+
+    def any(self, flags: np.ndarray) -> np.ndarray:
+        """Which of a few flags (0 or 1) are set on any rank at all."""
+        return self._reduce(flags, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
         if self.world_size == 1:
             return values
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(self.device)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op=operation)
         return tensor.cpu().numpy()
 
     def gather(self, value: object) -> list:
@@ -57,24 +111,36 @@ class Mesh:
         return gathered
 
     def barrier(self) -> None:
-        self.sum(np.zeros(1))
+        self._reduce(np.zeros(1), dist.ReduceOp.SUM)
+
+    def arranged(self, parallel: ParallelConfig) -> Mesh:
+        """This mesh with the groups of a layout. Collective; the groups of an earlier layout are dropped."""
+        if parallel.tensor == parallel.pipeline == 1:
+            return dataclasses.replace(self, groups=None)
+        from megatron.core import parallel_state  # seconds to import, and only these layouts need it
+
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
+        )
+        groups = Groups(
+            tensor=parallel_state.get_tensor_model_parallel_group(),
+            data=parallel_state.get_data_parallel_group(),
+            pipeline=parallel_state.get_pipeline_model_parallel_group(),
+            model=parallel_state.get_model_parallel_group(),
+        )
+        return dataclasses.replace(self, groups=groups)
 
 
-def layout_problems(config: RunConfig, world_size: int) -> list[str]:
-    """Everything that does not divide, all at once, known before a process group exists."""
-    training = config.training
-    per_pass = training.micro_batch_sequences * world_size
-    if training.global_batch_sequences % per_pass:
-        return [
-            f"training.global_batch_sequences {training.global_batch_sequences} is not divisible by "
-            f"micro_batch_sequences {training.micro_batch_sequences} x {world_size} data-parallel ranks = "
-            f"{per_pass}; change one of them"
-        ]
-    return []
+def connect(launch: Launch, timeout_s: float = ParallelConfig.timeout_s) -> Mesh:
+    """Join the process group (NCCL where this process has a GPU, gloo elsewhere) and return the mesh.
 
-
-def connect(launch: Launch) -> Mesh:
-    """Join the process group (NCCL where this process has a GPU, gloo elsewhere) and return the mesh."""
+    Raises:
+        UserError: some ranks did not come within `timeout_s`; they are named.
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -94,7 +160,7 @@ def connect(launch: Launch) -> Mesh:
         backend,
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
     )
     return Mesh(launch.rank, launch.world_size, launch.local_rank, device)
 

@@ -1,5 +1,7 @@
 """Where DeepSpeed keeps a rank's fp32 weights and Adam moments, as flat views into them.
 
+"Flat" is the rank's own tensor, flattened: under tensor parallelism a slice of the whole one (`tensor_slices`).
+
 This is the one file that knows DeepSpeed's memory layout (deepspeed 0.19):
 ZeRO-0 has whole parameters in a plain optimizer; ZeRO-1, ZeRO-2 and its bf16 optimizer have one flat
 partition a parameter group and map a parameter to a range of it in `_hp_mapping`; ZeRO-3 has flat
@@ -14,26 +16,48 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pgm_scale.models.initialization import is_split, tensor_slice
+from pgm_scale.models.stages import is_shared
+from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.tensor_slices import TensorSlice
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class ParameterState:
-    """The range [start, start + len) of one parameter, flattened row-major, that this rank holds in fp32.
+    """The range [start, start + len) of one flattened parameter that this rank holds in fp32.
 
-    `weight`, `exp_avg` and `exp_avg_sq` are 1-D views of the live state: writing to them changes it.
-    `replicated` ranges are held by every rank, others by one rank alone.
+    `weight`, `exp_avg` and `exp_avg_sq` are 1-D views of the live state: writing to them changes it. Rows that
+    pad a vocabulary are not in them.
+
+    Attributes:
+        part: which elements of the whole tensor the flattened parameter has.
+        replicated: every data-parallel rank holds the same range; else this one alone.
+        is_first_copy: no tensor-parallel rank or pipeline stage before this one holds the same parameter.
     """
 
     name: str
-    global_shape: tuple[int, ...]
+    part: TensorSlice
     start: int
     weight: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: torch.Tensor  # Adam's update counter, shared by the parameters of one flat partition
     replicated: bool
+    is_first_copy: bool
     parameter: torch.nn.Parameter
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Flat tensors of fp32 values and moments, and where in them, from `offset`, a parameter's range lies."""
+
+    start: int
+    count: int
+    offset: int
+    weight: torch.Tensor
+    moments: dict[str, torch.Tensor]
 
 
 def _moments(optimizer: torch.optim.Optimizer, key: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -46,79 +70,74 @@ def _moments(optimizer: torch.optim.Optimizer, key: torch.Tensor) -> dict[str, t
     return state
 
 
-def find_state(engine: Any, optimizer: torch.optim.Optimizer, zero_stage: int) -> list[ParameterState]:
+def find_state(
+    engine: Any, optimizer: torch.optim.Optimizer, zero_stage: int, mesh: Mesh
+) -> list[ParameterState]:
     """The fp32 state of this rank, in parameter order; parameters of which it holds nothing are left out."""
-    finder = {0: _replicated_state, 1: _partitioned_state, 2: _partitioned_state, 3: _sharded_state}
-    found = (
-        finder[zero_stage](name, parameter, engine.optimizer, optimizer)
-        for name, parameter in engine.module.named_parameters()
-    )
-    return [entry for entry in found if entry is not None]
+    find_place = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[zero_stage]
+    entries = []
+    for name, parameter in engine.module.named_parameters():
+        place = find_place(parameter, engine.optimizer, optimizer, mesh)
+        part = tensor_slice(parameter)
+        count = min(place.count, part.numel - place.start) if place else 0
+        if place is None or count <= 0:
+            continue
+        entries.append(
+            ParameterState(
+                name=name,
+                part=part,
+                start=place.start,
+                weight=place.weight.narrow(0, place.offset, count),
+                exp_avg=place.moments["exp_avg"].narrow(0, place.offset, count),
+                exp_avg_sq=place.moments["exp_avg_sq"].narrow(0, place.offset, count),
+                step=place.moments["step"],
+                replicated=zero_stage == 0,
+                is_first_copy=is_first_copy(name, parameter, mesh),
+                parameter=parameter,
+            )
+        )
+    return entries
 
 
-def _replicated_state(
-    name: str, parameter: torch.nn.Parameter, _: Any, optimizer: torch.optim.Optimizer
-) -> ParameterState:
-    state = _moments(optimizer, parameter)
-    return ParameterState(
-        name,
-        tuple(parameter.shape),
-        0,
-        parameter.data.view(-1),
-        state["exp_avg"].view(-1),
-        state["exp_avg_sq"].view(-1),
-        state["step"],
-        True,
-        parameter,
-    )
+def is_first_copy(name: str, parameter: torch.nn.Parameter, mesh: Mesh) -> bool:
+    """Whether no tensor-parallel rank and no pipeline stage before this one holds the same parameter."""
+    return (is_split(parameter) or mesh.tensor_rank == 0) and (mesh.stage == 0 or not is_shared(name))
 
 
-def _partitioned_state(
-    name: str, parameter: torch.nn.Parameter, _: Any, optimizer: torch.optim.Optimizer
-) -> ParameterState | None:
+def _replicated(parameter: torch.nn.Parameter, _: Any, optimizer: torch.optim.Optimizer, __: Mesh) -> _Place:
+    moments = {key: value.view(-1) for key, value in _moments(optimizer, parameter).items() if key != "step"}
+    moments["step"] = optimizer.state[parameter]["step"]
+    return _Place(0, parameter.numel(), 0, parameter.data.view(-1), moments)
+
+
+def _partitioned(
+    parameter: torch.nn.Parameter, _: Any, optimizer: torch.optim.Optimizer, __: Mesh
+) -> _Place | None:
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
     partition = optimizer.param_groups[mapping.param_group_index]["params"][0]
-    state = _moments(optimizer, partition)
     address = mapping.hp_fragment_address
-    return ParameterState(
-        name,
-        tuple(parameter.shape),
+    return _Place(
         mapping.lp_fragment_address.start,
-        partition.data.narrow(0, address.start, address.numel),
-        state["exp_avg"].narrow(0, address.start, address.numel),
-        state["exp_avg_sq"].narrow(0, address.start, address.numel),
-        state["step"],
-        False,
-        parameter,
+        address.numel,
+        address.start,
+        partition.data,
+        _moments(optimizer, partition),
     )
 
 
-def _sharded_state(
-    name: str, parameter: Any, zero_optimizer: Any, optimizer: torch.optim.Optimizer
-) -> ParameterState | None:
+def _sharded(
+    parameter: Any, zero_optimizer: Any, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> _Place | None:
     group, offset, share = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
-    start = share * dist.get_rank()
+    start = share * mesh.data_rank
     count = min(share, parameter.ds_numel - start)  # the last shares are padded
-    if count <= 0:
-        return None
     partition = zero_optimizer.fp32_partitioned_groups_flat[group]
-    state = _moments(optimizer, partition)
-    return ParameterState(
-        name,
-        tuple(parameter.ds_shape),
-        start,
-        partition.data.narrow(0, offset, count),
-        state["exp_avg"].narrow(0, offset, count),
-        state["exp_avg_sq"].narrow(0, offset, count),
-        state["step"],
-        False,
-        parameter,
-    )
+    return _Place(start, count, offset, partition.data, _moments(optimizer, partition))
 
 
-def refresh_weights(engine: Any, state: list[ParameterState], zero_stage: int) -> None:
+def refresh_weights(engine: Any, state: list[ParameterState], zero_stage: int, mesh: Mesh) -> None:
     """Bring the weights that the model computes with up to date with the fp32 state.
 
     ZeRO-1 and 2 sum one parameter at a time over the ranks, zeros where a rank holds nothing: twice the
@@ -133,8 +152,8 @@ def refresh_weights(engine: Any, state: list[ParameterState], zero_stage: int) -
             if name in held:
                 entry = held[name]
                 whole[entry.start : entry.start + entry.weight.numel()] = entry.weight
-            if dist.get_world_size() > 1:
-                dist.all_reduce(whole)
+            if mesh.data_ranks > 1:
+                dist.all_reduce(whole, group=mesh.data_group)
             parameter.data.copy_(whole.view(parameter.shape))
 
 

@@ -12,7 +12,6 @@ from pgm_scale.checkpoint.fragments import Fragment, Kind
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.state import ParameterState
-from pgm_scale.tensor_slices import TensorSlice
 from pgm_scale.training.ema import ExponentialMovingAverage
 
 
@@ -52,9 +51,7 @@ class Checkpointer:
         wanted = {
             (kind, name): (
                 shape,
-                [(TensorSlice.whole(shape), held[name].start, held[name].weight.numel())]
-                if name in held
-                else [],
+                [(held[name].part, held[name].start, held[name].weight.numel())] if name in held else [],
             )
             for kind in kinds
             for name, shape in shapes.items()
@@ -85,15 +82,20 @@ class Checkpointer:
 
     def _owned_fragments(self) -> Iterator[tuple[Kind, Fragment]]:
         for index, entry in enumerate(self.engine.state):
-            for kind, values in self._targets(index).items():
-                first, last = self._owned_range(entry)
-                if last > first:
-                    whole = TensorSlice.whole(entry.global_shape)
-                    yield kind, Fragment(entry.name, whole, entry.start + first, values[first:last])
+            first, last = self._owned_range(entry)
+            if last > first:
+                for kind, values in self._targets(index).items():
+                    yield kind, Fragment(entry.name, entry.part, entry.start + first, values[first:last])
 
     def _owned_range(self, entry: ParameterState) -> tuple[int, int]:
-        """What this rank writes of a range that all ranks hold: an even share, so that all disks work."""
+        """What this rank writes of a range that others may hold too.
+
+        Of ranges that all data-parallel ranks hold each writes an even share, so that all disks work; of small
+        parameters that are whole on every tensor-parallel rank or stage, the first one writes.
+        """
         count = entry.weight.numel()
+        if not entry.is_first_copy:
+            return 0, 0
         if not entry.replicated:
             return 0, count
         rank, ranks = self.engine.mesh.data_rank, self.engine.mesh.data_ranks

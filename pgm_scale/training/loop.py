@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import torch
 
 from pgm_scale.checkpoint.lock import RunLock
 from pgm_scale.checkpoint.peers import Peers
@@ -20,20 +21,23 @@ from pgm_scale.errors import Preempted, UserError
 from pgm_scale.evaluation.time_buckets import TimeBuckets
 from pgm_scale.evaluation.validation import validate, validation_loader
 from pgm_scale.files import finite
-from pgm_scale.models import build_model
 from pgm_scale.models.flops import forward_flops_per_token
+from pgm_scale.models.stages import unit_kinds
 from pgm_scale.objectives import build_objective
 from pgm_scale.objectives.base import DrawSpec
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.launch import Launch
-from pgm_scale.parallel.mesh import Mesh, connect, disconnect, layout_problems
+from pgm_scale.parallel.layout import layout_problems
+from pgm_scale.parallel.mesh import Mesh, connect, disconnect
+from pgm_scale.parallel.stages import split_units
+from pgm_scale.parallel.unit_costs import measure_unit_costs
 from pgm_scale.run_folder import RunFolder, RunIdentity
 from pgm_scale.training import metrics
 from pgm_scale.training.checkpointing import Checkpointer
 from pgm_scale.training.ema import ExponentialMovingAverage
 from pgm_scale.training.samples import write_validation_samples
 from pgm_scale.training.signals import StopFlag
-from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, seed_dropout, training_step
+from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, training_step
 from pgm_scale.training.tracking import NoTracker, Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ def train(config: RunConfig, launch: Launch) -> None:
         raise UserError("cannot train:\n  " + "\n  ".join(problems))
     train_split, validation_split = splits
     with ExitStack() as stack:
-        mesh = connect(launch)
+        mesh = connect(launch, config.parallel.timeout_s)
         stack.callback(disconnect)
         lock = RunLock(config.folder)
         Peers(mesh.rank, mesh.world_size, mesh.gather).first(lock.acquire)
@@ -69,6 +73,7 @@ def train_on_mesh(
     lock: RunLock | None = None,
 ) -> None:
     """`train`, once the ranks are connected; rank 0 holds the folder's `lock`. Collective."""
+    mesh = mesh.arranged(config.parallel)
     run = RunFolder(config.folder)
     peers = Peers(mesh.rank, mesh.world_size, mesh.gather)
     identity: RunIdentity = peers.first(
@@ -97,14 +102,15 @@ class TrainingRun:
     ) -> None:
         self.config, self.mesh, self.folder, self.identity = config, mesh, folder, identity
         self.train_split, self.lock = train_split, lock
-        seed_dropout(config.training.seed, 0, 0, 0)  # the initial weights are equal on all ranks
-        model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
+        self.store = store
         self.objective = build_objective(config.objective, identity.vocabulary)
-        self.engine = Engine(model, config, mesh)
+        self.stage_units = self._stage_units()
+        self.engine = Engine.build(
+            config, identity.vocabulary.size, identity.length_tokens, mesh, self.stage_units
+        )
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.engine.state, decay) if decay > 0 else None
         self.checkpointer = Checkpointer(store, self.engine, self.ema)
-        self.store = store
         self.validation_loader = validation_loader(validation_split)
         self.first_step = self._resume()
         self.console = metrics.ConsoleReport(config.training.steps, self.first_step, mesh.is_main)
@@ -118,6 +124,29 @@ class TrainingRun:
         # Backward costs twice the forward (PaLM, appendix B).
         self._flops_per_token = 3 * forward_flops_per_token(
             config.model, identity.vocabulary.size, identity.length_tokens
+        )
+
+    def _stage_units(self) -> tuple[int, ...]:
+        """Units of each pipeline stage: by hand, or even by what they cost on this machine."""
+        config, given = self.config, self.config.parallel.stage_units
+        if given or self.mesh.stages == 1:
+            return given
+        costs = self.store.peers.first(self._unit_costs)
+        return split_units([costs[kind] for kind in unit_kinds(config.model)], self.mesh.stages)
+
+    def _unit_costs(self) -> dict[str, float]:
+        """Seconds of each kind of unit; measured once in a run's life, so that a resume has the same stages."""
+        config = self.config
+        bf16 = config.training.precision == "bf16"
+        return self.folder.unit_costs(
+            lambda: measure_unit_costs(
+                config.model,
+                self.identity.vocabulary.size,
+                self.identity.length_tokens,
+                config.training.micro_batch_sequences,
+                self.mesh.device,
+                torch.bfloat16 if bf16 else torch.float32,
+            )
         )
 
     def _resume(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from pgm_scale.config import RunConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.errors import NonFiniteError
-from pgm_scale.objectives.base import DrawSpec, LossTerms, Objective, loss_terms
+from pgm_scale.objectives.base import DrawSpec, LossTerms, Objective
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import learning_rate
 from pgm_scale.training.ema import ExponentialMovingAverage
 
@@ -39,7 +41,7 @@ def prepare_micro_batch(objective: Objective, batch: TokenBatch, draws: DrawSpec
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global values of one step, equal on all ranks, and this rank's terms for the log."""
+    """Global values of one step, equal on all ranks, and this rank's terms for the log (on the last stage)."""
 
     loss: float
     scored_tokens: int
@@ -66,30 +68,45 @@ def training_step(
     """
     batches = [next(micro_batches) for _ in range(engine.micro_steps)]
     scored_tokens = float(mesh.sum(np.array([sum(b.scored_tokens for b in batches)], np.float64))[0])
+    losses: list[float] = []
+    kept: list[LossTerms] = []
 
-    loss, kept = 0.0, []
-    for micro_step, batch in enumerate(batches):
-        seed_dropout(config.training.seed, step, micro_step, mesh.data_rank)
-        terms = loss_terms(objective, engine, batch.inputs.to(mesh.device))
-        share = terms.loss_S.sum() / scored_tokens
-        engine.backward(share)
-        loss += float(share.detach())
-        kept.append(terms)
+    def micro_step(number: int, inputs: Any) -> MicroStep:
+        def loss(result: Any) -> torch.Tensor:
+            terms = objective.terms(result, inputs)
+            share = terms.loss_S.sum() / scored_tokens
+            losses.append(float(share.detach()))
+            kept.append(terms)
+            return share
 
-    agreed = mesh.sum(np.array([loss, not math.isfinite(loss), stop_requested], np.float64))
-    if agreed[1]:
+        call = objective.call(inputs)
+        begin = partial(seed_dropout, config, mesh, step, number)
+        return MicroStep(call.arguments, call.readout, begin, loss)
+
+    engine.forward_backward(
+        [micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)]
+    )
+    loss = sum(losses)  # 0 on the stages of a pipeline that do not compute it
+    refused, stops = mesh.any(np.array([not math.isfinite(loss), stop_requested], np.float64))
+    if refused:
         _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)
+    global_loss = float(mesh.sum(np.array([loss]))[0])
     rate = learning_rate(config.optimizer, step, config.training.steps)
     if not engine.step(rate):
         _refuse_non_finite("gradient norm", step, True, batches, mesh)
     if ema is not None:
         ema.update()
-    return StepResult(float(agreed[0]), int(scored_tokens), engine.gradient_norm, rate, bool(agreed[2]), kept)
+    return StepResult(global_loss, int(scored_tokens), engine.gradient_norm, rate, bool(stops), kept)
 
 
-def seed_dropout(seed: int, step: int, micro_step: int, data_rank: int) -> None:
-    """Dropout is a function of (seed, step, micro-batch, rank), so a resume needs no generator's state."""
-    words = np.random.SeedSequence([seed, step, micro_step, data_rank]).generate_state(1, np.uint64)
+def seed_dropout(config: RunConfig, mesh: Mesh, step: int, micro_step: int) -> None:
+    """Dropout is a function of the seed, the step and the place, so a resume needs no generator's state.
+
+    Tensor-parallel ranks draw the same for the same tokens; with sequence parallelism each has its own tokens.
+    """
+    token_share = mesh.tensor_rank if config.parallel.sequence_parallel else 0
+    place = [config.training.seed, step, micro_step, mesh.data_rank, mesh.stage, token_share]
+    words = np.random.SeedSequence(place).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]) >> 1)
 
 

@@ -1,0 +1,78 @@
+"""This rank's part of the model, with its initial weights, without any rank ever holding the whole of it.
+
+The modules are made without memory (on the meta device), then filled one parameter at a time from their own
+random streams (`models.initialization`); ZeRO-3 takes each parameter apart before the next one is filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pgm_scale.config import ModelConfig, ParallelConfig
+from pgm_scale.models import build_model
+from pgm_scale.models.blocks import CrossAttentionBlock, SelfAttentionBlock
+from pgm_scale.models.initialization import initial_values, note_slices
+from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder, PositionTable
+from pgm_scale.models.stages import Span, spans, whole_span
+from pgm_scale.parallel.mesh import Mesh
+
+
+def layer_builder(mesh: Mesh, parallel: ParallelConfig) -> LayerBuilder:
+    """Plain layers, or those that the mesh's tensor-parallel ranks share."""
+    if mesh.groups is None or mesh.tensor_ranks == 1:
+        return LOCAL_LAYERS
+    from pgm_scale.parallel.tensor_layers import TensorParallelLayers  # imports megatron
+
+    return TensorParallelLayers(mesh.groups.tensor, parallel.sequence_parallel)
+
+
+def stage_span(config: ModelConfig, mesh: Mesh, stage_units: Sequence[int]) -> Span:
+    """The units of this rank's pipeline stage; `stage_units` counts those of every stage."""
+    return spans(stage_units)[mesh.stage] if mesh.stages > 1 else whole_span(config)
+
+
+def build_part(
+    config: ModelConfig, vocab_size: int, length: int, layers: LayerBuilder, span: Span, recompute: bool
+) -> nn.Module:
+    """The modules of a span, without memory; `recompute` keeps only the blocks' inputs for the backward pass."""
+    with torch.device("meta"):
+        model = build_model(config, vocab_size, length, layers, span)
+    note_slices(model)
+    if recompute:
+        for module in model.modules():
+            if isinstance(module, (SelfAttentionBlock, CrossAttentionBlock)):
+                module.forward = _recomputed(module.forward)  # type: ignore[method-assign]
+    return model
+
+
+def materialize(
+    model: nn.Module,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Callable[[nn.Parameter], None] = lambda _: None,
+) -> None:
+    """Give every parameter memory and its initial values; `place` is called with each before the next one."""
+    for module_name, module in model.named_modules():
+        for key, empty in list(module.named_parameters(recurse=False)):
+            name = f"{module_name}.{key}" if module_name else key
+            parameter = nn.Parameter(initial_values(name, empty, seed).to(device, dtype))
+            parameter.__dict__.update(empty.__dict__)  # its slice, and what Megatron noted on it
+            setattr(module, key, parameter)
+            place(parameter)
+        if isinstance(module, PositionTable):
+            module.fill(device)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments)
+        return checkpoint(forward, *arguments, use_reentrant=False)
+
+    return run

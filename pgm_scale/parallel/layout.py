@@ -1,0 +1,114 @@
+"""What a parallel layout needs of a model, a batch and a number of processes, told before any of them exists."""
+
+from __future__ import annotations
+
+from pgm_scale.config import DiffusionTransformerConfig, RunConfig
+from pgm_scale.models.stages import unit_kinds
+
+
+def layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Everything that does not divide or does not go together, one line each."""
+    parallel = config.parallel
+    if parallel.tensor < 1 or parallel.pipeline < 1 or config.training.micro_batch_sequences < 1:
+        return []  # out of range, which `config.inconsistencies` says
+    return [
+        *_world_problems(config, world_size),
+        *_tensor_problems(config),
+        *_stage_problems(config),
+    ]
+
+
+def data_parallel_ranks(config: RunConfig, world_size: int) -> int:
+    return world_size // (config.parallel.tensor * config.parallel.pipeline)
+
+
+def _world_problems(config: RunConfig, world_size: int) -> list[str]:
+    parallel, training = config.parallel, config.training
+    ranks_per_model = parallel.tensor * parallel.pipeline
+    if world_size % ranks_per_model:
+        return [
+            f"{world_size} processes are not divisible by parallel.tensor {parallel.tensor} x parallel.pipeline "
+            f"{parallel.pipeline} = {ranks_per_model}; start a multiple of {ranks_per_model}, or change the layout"
+        ]
+    data_ranks = world_size // ranks_per_model
+    per_pass = training.micro_batch_sequences * data_ranks
+    if training.global_batch_sequences % per_pass:
+        return [
+            f"training.global_batch_sequences {training.global_batch_sequences} is not divisible by "
+            f"micro_batch_sequences {training.micro_batch_sequences} x {data_ranks} data-parallel ranks = "
+            f"{per_pass}; change one of them"
+        ]
+    return []
+
+
+def _tensor_problems(config: RunConfig) -> list[str]:
+    model, parallel = config.model, config.parallel
+    problems = []
+    if model.num_heads % parallel.tensor:
+        problems.append(
+            f"model.num_heads {model.num_heads} is not divisible by parallel.tensor {parallel.tensor}; "
+            "a tensor-parallel rank holds whole heads"
+        )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        problems.append("parallel.sequence_parallel needs parallel.tensor of at least 2")
+    if (
+        parallel.sequence_parallel
+        and isinstance(model, DiffusionTransformerConfig)
+        and model.time_conditioned
+    ):
+        problems.append(
+            "parallel.sequence_parallel does not go with model.time_conditioned: a rank's tokens are not whole "
+            "sequences, each with a time of its own; switch one of them off"
+        )
+    return problems
+
+
+def _stage_problems(config: RunConfig) -> list[str]:
+    model, parallel = config.model, config.parallel
+    kinds = unit_kinds(model)
+    problems = []
+    if parallel.offload_optimizer and parallel.zero_stage == 0:
+        problems.append("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3, not 0")
+    if parallel.pipeline > 1 and parallel.zero_stage != 1:
+        reason = (
+            "replicates the optimizer's state for nothing"
+            if parallel.zero_stage == 0
+            else "would reduce or gather parameters at every micro-batch, while the stages of a pipeline are at "
+            "different ones"
+        )
+        problems.append(
+            f"parallel.pipeline {parallel.pipeline} needs parallel.zero_stage 1: "
+            f"stage {parallel.zero_stage} {reason}"
+        )
+    if parallel.pipeline > len(kinds):
+        problems.append(
+            f"parallel.pipeline {parallel.pipeline} exceeds the model's {len(kinds)} units "
+            f"({', '.join(dict.fromkeys(kinds))}); use at most {len(kinds)} stages"
+        )
+    split = parallel.stage_units
+    if split and (len(split) != parallel.pipeline or sum(split) != len(kinds) or min(split) < 1):
+        problems.append(
+            f"parallel.stage_units {list(split)} must be {parallel.pipeline} numbers (parallel.pipeline) of at "
+            f"least 1 that sum to the model's {len(kinds)} units: {_counted(kinds)}"
+        )
+    return problems
+
+
+def _counted(kinds: tuple[str, ...]) -> str:
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def length_problems(config: RunConfig, length_tokens: int) -> list[str]:
+    """What the layout needs of the data's sequence length."""
+    parallel = config.parallel
+    if not parallel.sequence_parallel:
+        return []
+    length = length_tokens - (config.objective.kind == "autoregressive")
+    tokens = config.training.micro_batch_sequences * length
+    if tokens % parallel.tensor:
+        return [
+            f"parallel.sequence_parallel: the {tokens} tokens of a micro-batch "
+            f"({config.training.micro_batch_sequences} x {length}) are not divisible by parallel.tensor "
+            f"{parallel.tensor}; change training.micro_batch_sequences"
+        ]
+    return []
