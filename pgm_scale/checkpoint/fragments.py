@@ -114,7 +114,7 @@ def _chunks(owned: list[tuple[Kind, Fragment]]) -> Iterator[memoryview]:
     """
     header = _header(owned)
     yield memoryview(len(header).to_bytes(8, "little") + header)
-    buffer = torch.empty(_CHUNK_ELEMENTS)
+    buffer = torch.empty(_CHUNK_ELEMENTS, dtype=torch.float32)
     for _, fragment in owned:
         for values in fragment.values.detach().split(_CHUNK_ELEMENTS):
             host = buffer[: len(values)].copy_(values).numpy().astype("<f4", copy=False)

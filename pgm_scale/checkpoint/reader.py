@@ -120,7 +120,10 @@ def assemble(index: Index, wanted: Wanted) -> dict[TensorKey, list[torch.Tensor]
     Raises:
         UserError: a tensor's stored and wanted shards are cut in two ways.
     """
-    values = {key: [torch.empty(length) for _, _, length in ranges] for key, (_, ranges) in wanted.items()}
+    values = {
+        key: [torch.empty(n, dtype=torch.float32) for _, _, n in ranges]
+        for key, (_, ranges) in wanted.items()
+    }
     copies: dict[Path, list[_Copy]] = {}
     for key, (shape, ranges) in wanted.items():
         for range_, target in zip(ranges, values[key], strict=True):
