@@ -44,7 +44,7 @@ def measure_unit_costs(
         for unit, kind in enumerate(unit_kinds(small)):
             with device:
                 stage = build_model(small, vocab_size, length, span=Span(unit, unit + 1)).to(dtype)
-            costs[kind] = _median_seconds(stage_step(stage, small, unit, batch, dtype), device)
+            costs[kind] = _median_seconds(stage_forward(stage, small, unit, batch, dtype), device)
     return costs
 
 
@@ -88,15 +88,15 @@ class ExampleBatch:
         return TokenNLL(torch.zeros(shape, dtype=torch.long, device=self.device), self.vocab_size - 1)
 
 
-def stage_step(
+def stage_forward(
     stage: Any,
     config: ModelConfig,
     first_unit: int,
     batch: ExampleBatch,
     dtype: torch.dtype,
     token_ranks: int = 1,
-) -> Callable[[], None]:
-    """Forward and backward of a stage that starts at `first_unit`, as a pipeline runs them for a micro-batch.
+) -> Callable[[], Tensor]:
+    """The forward pass of a stage that starts at `first_unit`, as a pipeline runs it for a micro-batch.
 
     Under sequence parallelism `token_ranks` is how many ranks share what the stage is sent.
     """
@@ -105,25 +105,24 @@ def stage_step(
     if first_unit > 0:
         rows = stage.rows_before(first_unit, *arguments) // token_ranks
         received = torch.zeros(rows, config.hidden_size, dtype=dtype, device=batch.device, requires_grad=True)
-
-    def step() -> None:
-        result = stage(*arguments, readout=readout, received=received)
-        result.backward(torch.ones_like(result))
-
-    return step
+    return lambda: stage(*arguments, readout=readout, received=received)
 
 
-def _median_seconds(step: Callable[[], None], device: torch.device) -> float:
+def backward(result: Tensor) -> None:
+    torch.autograd.backward(result, torch.ones_like(result))
+
+
+def _median_seconds(forward: Callable[[], Tensor], device: torch.device) -> float:
     for _ in range(WARM_UP):
-        step()
-    return median(_seconds(step, device) for _ in range(REPEATS))
+        backward(forward())
+    return median(_seconds(forward, device) for _ in range(REPEATS))
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
+def _seconds(forward: Callable[[], Tensor], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    step()
+    backward(forward())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
