@@ -85,10 +85,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from functools import partial
+
     from pgm_scale import config as configuration
     from pgm_scale.parallel.launch import find_launch
+    from pgm_scale.parallel.layout import layout_problems
 
-    config, launch = configuration.load(options.config, options.overrides), find_launch()
+    launch = find_launch()
+    check = partial(layout_problems, world_size=launch.world_size)
+    config = configuration.load(options.config, options.overrides, check)
     from pgm_scale.training.loop import train
 
     train(config, launch)

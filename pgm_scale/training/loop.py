@@ -27,7 +27,7 @@ from pgm_scale.objectives import build_objective
 from pgm_scale.objectives.base import DrawSpec
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.launch import Launch
-from pgm_scale.parallel.layout import layout_problems
+from pgm_scale.parallel.layout import layout_problems, length_problems
 from pgm_scale.parallel.mesh import Mesh, connect, disconnect
 from pgm_scale.parallel.stages import split_units
 from pgm_scale.parallel.unit_costs import measure_unit_costs
@@ -53,6 +53,8 @@ def train(config: RunConfig, launch: Launch) -> None:
     """
     problems = layout_problems(config, launch.world_size)
     splits = open_splits(config.data.train, config.data.validation, config.data.cache_folder, problems)
+    if splits:
+        problems += length_problems(config, splits[0].manifest.length_tokens)
     if problems:
         raise UserError("cannot train:\n  " + "\n  ".join(problems))
     train_split, validation_split = splits
