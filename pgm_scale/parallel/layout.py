@@ -103,12 +103,12 @@ def length_problems(config: RunConfig, length_tokens: int) -> list[str]:
     parallel = config.parallel
     if not parallel.sequence_parallel:
         return []
-    length = length_tokens - (config.objective.kind == "autoregressive")
-    tokens = config.training.micro_batch_sequences * length
-    if tokens % parallel.tensor:
+    length = length_tokens - (config.objective.kind == "autoregressive")  # the last one is only a target
+    copies = 2 if config.objective.kind == "complementary_mdlm" else 1
+    rows = config.training.micro_batch_sequences * copies
+    if rows * length % parallel.tensor:
         return [
-            f"parallel.sequence_parallel: the {tokens} tokens of a micro-batch "
-            f"({config.training.micro_batch_sequences} x {length}) are not divisible by parallel.tensor "
-            f"{parallel.tensor}; change training.micro_batch_sequences"
+            f"parallel.sequence_parallel: the {rows * length} tokens of a micro-batch ({rows} x {length}) are "
+            f"not divisible by parallel.tensor {parallel.tensor}; change training.micro_batch_sequences"
         ]
     return []
