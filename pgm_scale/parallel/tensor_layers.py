@@ -139,12 +139,30 @@ def _split(parameter: nn.Parameter, part: TensorSlice) -> None:
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-class ColumnLinear(ColumnParallelLinear):
+class _Autocasting:
+    """A Megatron linear that obeys autocast.
+
+    Megatron's own product asks for CUDA's autocast only, and sends gradients of the product's dtype to buffers of
+    the input's; so input and weight are cast before it, and their gradients come back in their own dtype.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+        product = super()._forward_impl  # type: ignore[misc]
+        device = input.device.type
+        if not torch.is_autocast_enabled(device):
+            return product(input=input, weight=weight, bias=bias, **options)
+        dtype = torch.get_autocast_dtype(device)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return product(input=input.to(dtype), weight=weight.to(dtype), bias=bias, **options)
+
+
+class ColumnLinear(_Autocasting, ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(_Autocasting, RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
@@ -168,7 +186,7 @@ class ParallelVocabularyEmbedding(VocabParallelEmbedding):
         return super().forward(tokens_T)
 
 
-class ParallelVocabularyLinear(ColumnParallelLinear):
+class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
     """An `OutputLinear` of which every rank holds a range of the vocabulary."""
 
     vocab_size: int
