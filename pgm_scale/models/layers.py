@@ -33,6 +33,10 @@ class LayerBuilder(Protocol):
     @property
     def tensor_parallel_size(self) -> int: ...
 
+    @property
+    def token_ranks(self) -> int:
+        """How many ranks share the tokens between blocks: 1 without sequence parallelism."""
+
     def column_linear(
         self, in_features: int, out_features: int, bias: bool, fused_parts: int = 1
     ) -> nn.Module: ...
@@ -56,6 +60,7 @@ class LocalLayers:
     """One device holds everything."""
 
     tensor_parallel_size = 1
+    token_ranks = 1
 
     def column_linear(
         self, in_features: int, out_features: int, bias: bool, fused_parts: int = 1

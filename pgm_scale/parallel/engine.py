@@ -58,7 +58,7 @@ class Engine:
             # Inside the model, because DeepSpeed switches off an autocast around itself.
             model.forward = torch.autocast(mesh.device.type, dtype=torch.bfloat16)(model.forward)
         self.parameter_shapes = self._whole_shapes(model)
-        if layers.tensor_parallel_size > 1 and config.parallel.sequence_parallel:
+        if layers.token_ranks > 1:
             from pgm_scale.parallel.tensor_layers import sum_partial_gradients
 
             sum_partial_gradients(model, self._groups.tensor)
@@ -71,7 +71,7 @@ class Engine:
             from pgm_scale.parallel.pipeline import PipelineStage
 
             dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-            self._stage = PipelineStage(self.module, mesh, dtype, config.parallel.sequence_parallel)
+            self._stage = PipelineStage(self.module, mesh, dtype, layers)
         self.state: list[ParameterState] = find_state(self._engine, optimizer, self.zero_stage, mesh)
         self.gradient_norm = math.nan
 

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.enums import ModelType
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pgm_scale.errors import UserError
+from pgm_scale.models.layers import LayerBuilder
 from pgm_scale.models.readout import Readout, logits
 from pgm_scale.models.stages import unit_kinds
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
+
+
+@dataclass
+class _ScheduleConfig(ModelParallelConfig):
+    """Megatron's configuration, with the settings of its own models that the schedule reads too."""
+
+    hidden_size: int = 0
+    calculate_per_token_loss: bool = True  # the schedule must not divide a loss that is divided already
+    fine_grained_activation_offloading: bool = False
 
 
 class PipelineStage:
@@ -31,22 +42,19 @@ class PipelineStage:
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, module: Any, mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool) -> None:
+    def __init__(self, module: Any, mesh: Mesh, dtype: torch.dtype, layers: LayerBuilder) -> None:
         """`module` has a `span` and `rows_before` (`models.stages`); streams pass between ranks as `dtype`."""
         assert mesh.groups is not None
         self.module, self.mesh, self.dtype = module, mesh, dtype
         self.hidden_size, self._units = module.config.hidden_size, len(unit_kinds(module.config))
-        self._tokens_split = mesh.tensor_ranks if sequence_parallel else 1
+        self._layers = layers
         self._group = mesh.groups.pipeline
         self._received: Tensor | None = None
-        self.config = TransformerConfig(
-            num_layers=mesh.stages,
+        self.config = _ScheduleConfig(
             hidden_size=self.hidden_size,
-            num_attention_heads=1,
             tensor_model_parallel_size=mesh.tensor_ranks,
             pipeline_model_parallel_size=mesh.stages,
             pipeline_dtype=dtype,
-            calculate_per_token_loss=True,  # the loss is divided already
             deallocate_pipeline_outputs=True,
         )
 
@@ -83,7 +91,7 @@ class PipelineStage:
         """Of what passes into `unit`, on each tensor-parallel rank."""
         if not 0 < unit < self._units:
             return ()
-        return (self.module.rows_before(unit, *arguments) // self._tokens_split, self.hidden_size)
+        return (self.module.rows_before(unit, *arguments) // self._layers.token_ranks, self.hidden_size)
 
     @contextmanager
     def called_whole(self) -> Iterator[nn.Module]:

@@ -49,6 +49,10 @@ class TensorParallelLayers:
         # The output layer gathers its tokens itself, and the gather sums their gradients.
         self.output_config = dataclasses.replace(self.config, sequence_parallel=False)
 
+    @property
+    def token_ranks(self) -> int:
+        return self.tensor_parallel_size if self.sequence_parallel else 1
+
     def column_linear(
         self, in_features: int, out_features: int, bias: bool, fused_parts: int = 1
     ) -> nn.Module:
