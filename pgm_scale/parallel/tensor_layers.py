@@ -204,7 +204,7 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
 
     def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
         scores = self.own_scores(hidden)
-        chosen = self._choose(scores, ids)  # first, because the cross-entropy overwrites the scores
+        chosen = self._choose(scores, ids)  # first, because Megatron's cross-entropy overwrites the scores
         nll = vocab_parallel_cross_entropy(scores, ids[..., 0].contiguous())
         return chosen - (nll + chosen[..., 0])[..., None]
 
@@ -222,10 +222,16 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
         return scores + removed_V
 
     def _choose(self, scores: Tensor, ids: Tensor) -> Tensor:
-        """The scores of `ids` [..., K], each from the rank that has it."""
+        """The scores of `ids` [..., K], each from the rank that has it.
+
+        By index and not by gather, which would keep the scores for its backward pass; and masked, not multiplied,
+        because a rank that has only padding would make 0 x -inf of it.
+        """
         rows = ids - self.tp_group.rank() * scores.shape[-1]
         is_own = (rows >= 0) & (rows < scores.shape[-1])
-        chosen = scores.gather(-1, rows.clamp(0, scores.shape[-1] - 1)) * is_own
+        flat_scores, flat_rows = scores.flatten(0, -2), rows.masked_fill(~is_own, 0).flatten(0, -2)
+        tokens = torch.arange(len(flat_rows), device=rows.device)[:, None]
+        chosen = flat_scores[tokens, flat_rows].view(ids.shape).masked_fill(~is_own, 0.0)
         return reduce_from_tensor_model_parallel_region(chosen, group=self.tp_group)
 
 
