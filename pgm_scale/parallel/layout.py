@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pgm_scale.config import DiffusionTransformerConfig, RunConfig
 from pgm_scale.models.stages import unit_kinds
 
@@ -112,3 +114,20 @@ def length_problems(config: RunConfig, length_tokens: int) -> list[str]:
             f"not divisible by parallel.tensor {parallel.tensor}; change training.micro_batch_sequences"
         ]
     return []
+
+
+def describe_layout(config: RunConfig, world_size: int, vocab_size: int, stage_units: Sequence[int]) -> str:
+    """One line for people: who shares what, and what had to be padded."""
+    parallel = config.parallel
+    line = (
+        f"layout: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+        f"{data_parallel_ranks(config, world_size)}, ZeRO-{parallel.zero_stage}"
+    )
+    if parallel.sequence_parallel:
+        line += ", sequence-parallel"
+    if stage_units:
+        line += f"; stages of {', '.join(map(str, stage_units))} units"
+    padding = -vocab_size % parallel.tensor
+    if padding:
+        line += f"; the vocabulary of {vocab_size} is padded by {padding} row(s) on the last tensor rank"
+    return line

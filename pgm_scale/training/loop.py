@@ -27,7 +27,7 @@ from pgm_scale.objectives import build_objective
 from pgm_scale.objectives.base import DrawSpec
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.launch import Launch
-from pgm_scale.parallel.layout import layout_problems, length_problems
+from pgm_scale.parallel.layout import describe_layout, layout_problems, length_problems
 from pgm_scale.parallel.mesh import Mesh, connect, disconnect
 from pgm_scale.parallel.stages import split_units
 from pgm_scale.parallel.unit_costs import measure_unit_costs
@@ -170,6 +170,9 @@ class TrainingRun:
 
     def _loop(self, stop: StopFlag) -> None:
         config = self.config
+        if self.mesh.world_size > 1:
+            vocab_size = self.identity.vocabulary.size
+            self.console.say(describe_layout(config, self.mesh.world_size, vocab_size, self.stage_units))
         if self.first_step >= config.training.steps:
             self.console.say(f"nothing to do: step {self.first_step} of {config.training.steps} is reached")
         elif self.first_step:
