@@ -18,13 +18,13 @@ from rich.table import Table
 
 from pgm_scale import __version__
 from pgm_scale import config as configuration
-from pgm_scale.config import OptimizerConfig, RunConfig
+from pgm_scale.config import OptimizerConfig, ParallelConfig, RunConfig
 from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import UserError
 from pgm_scale.models import build_model
 from pgm_scale.parallel.launch import Launch, find_launch
-from pgm_scale.parallel.layout import layout_problems
-from pgm_scale.parallel.mesh import Mesh, connect, disconnect
+from pgm_scale.parallel.layout import layout_problems, length_problems
+from pgm_scale.parallel.mesh import connect, disconnect
 from pgm_scale.parallel.optimizer import build_adamw
 from pgm_scale.run_folder import RunFolder
 
@@ -51,15 +51,16 @@ def examine(config_path: str | None, overrides: Iterable[str]) -> None:
     """
     launch = find_launch()
     problems: list[str] = []
-    ranks = _rank_map(launch, problems)
-    config = configuration.load(config_path, overrides) if config_path else None
+    check = partial(layout_problems, world_size=launch.world_size)
+    config = configuration.load(config_path, overrides, check) if config_path else None
+    ranks = _rank_map(launch, config.parallel if config else ParallelConfig(), problems)
     if launch.rank == 0:
         table = Table("what", "found", box=None, pad_edge=False)
         for name, found in _machine(ranks, problems):
             table.add_row(name, found)
         Console().print(table)
         if config is not None:
-            problems += _check_config(config, launch)
+            problems += _check_config(config)
     if problems:
         raise UserError(f"doctor found {len(problems)} problem(s):\n  " + "\n  ".join(problems))
     if launch.rank == 0:
@@ -98,12 +99,15 @@ def _optimizer() -> str:
     return f"{kind.__name__} ({apex})"
 
 
-def _rank_map(launch: Launch, problems: list[str]) -> list[str]:
-    """One line a rank; alone, no process group is made."""
+def _rank_map(launch: Launch, parallel: ParallelConfig, problems: list[str]) -> list[str]:
+    """One line a rank with its place in the layout; alone, no process group is made."""
     if launch.source == "single":
         return ["single process (torchrun or srun would be seen here)"]
-    mesh: Mesh = connect(launch)
-    lines = mesh.gather(f"rank {mesh.rank}: {platform.node()} {mesh.device} (local rank {mesh.local_rank})")
+    mesh = connect(launch).arranged(parallel)
+    place = f"tensor {mesh.tensor_rank}, data {mesh.data_rank}, stage {mesh.stage}"
+    lines = mesh.gather(
+        f"rank {mesh.rank}: {platform.node()} {mesh.device} (local rank {mesh.local_rank}; {place})"
+    )
     disconnect()
     devices = [line.split(": ", 1)[1].split(" (")[0] for line in lines]
     if torch.cuda.is_available() and len(set(devices)) < len(devices):
@@ -111,10 +115,12 @@ def _rank_map(launch: Launch, problems: list[str]) -> list[str]:
     return [f"{launch.source}, {launch.world_size} ranks, master {launch.master_address}", *lines]
 
 
-def _check_config(config: RunConfig, launch: Launch) -> list[str]:
-    problems = layout_problems(config, launch.world_size)
+def _check_config(config: RunConfig) -> list[str]:
+    problems: list[str] = []
     data = config.data
     splits = open_splits(data.train, data.validation, data.cache_folder, problems)
+    if splits:
+        problems += length_problems(config, splits[0].manifest.length_tokens)
     for split in splits:
         problems += _shard_problems(split)
     problems += _folder_problems(config, splits)
