@@ -16,6 +16,12 @@ class NonFiniteError(UserError):
     exit_code = 3
 
 
+class HungRankError(UserError):
+    """A rank hangs, is stopped or is dead, and the others cannot go on without it; the message names it."""
+
+    exit_code = 4
+
+
 class Preempted(UserError):
     """A signal asked the run to stop: it has saved a checkpoint and can be started again to go on."""
 

@@ -14,7 +14,11 @@ from pgm_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says: one process (`source` "single"), torchrun, or a bare srun."""
+    """What the launcher says: one process (`source` "single"), torchrun, or a bare srun.
+
+    `agent_attempt` counts torchrun's starts of the ranks, where its agent serves a store at the master's address
+    that outlives them; None where rank 0 has to serve one.
+    """
 
     source: str
     rank: int
@@ -22,6 +26,7 @@ class Launch:
     local_rank: int
     master_address: str
     master_port: int
+    agent_attempt: int | None = None
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -39,6 +44,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 int(environment.get("LOCAL_RANK", "0")),
                 environment["MASTER_ADDR"],
                 int(environment["MASTER_PORT"]),
+                _agent_attempt(environment),
             )
         # A batch script run without srun has SLURM_PROCID too, but no step of its own.
         if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
@@ -55,6 +61,12 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"the launcher's environment is incomplete ({error}); start with torchrun, with srun, or alone"
         ) from None
     return Launch("single", 0, 1, 0, "127.0.0.1", free_port())
+
+
+def _agent_attempt(environment: Mapping[str, str]) -> int | None:
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def first_host(nodelist: str) -> str:

@@ -22,6 +22,12 @@ def test_torchrun_comes_before_slurm() -> None:
     assert (launch.master_address, launch.master_port) == ("a", 29500)
 
 
+def test_torchruns_agent_serves_the_store_in_each_attempt() -> None:
+    assert find_launch(TORCHRUN).agent_attempt is None
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert find_launch(TORCHRUN | agent).agent_attempt == 2
+
+
 def test_srun_step() -> None:
     launch = find_launch(SRUN)
     assert (launch.source, launch.rank, launch.world_size, launch.local_rank) == ("srun", 5, 16, 1)
