@@ -81,6 +81,8 @@ class PipelineStage:
         step = next(steps)
         step.begin()
         output = self.module(*step.arguments, readout=step.readout, received=self._received)
+        if not self.mesh.is_last_stage and output._base is not None:
+            output = output.clone()  # the schedule frees what it has sent, which a view would keep alive
 
         def loss(result: Any) -> tuple[Tensor, Tensor, dict]:
             return step.loss(result) * loss_scale, torch.tensor(0, dtype=torch.int), {}
