@@ -1,0 +1,174 @@
+"""What one unit of each kind costs a rank: memory, time and traffic, for any micro-batch.
+
+A stage's cost is the sum over its units (plus what it has once), and a unit's is the difference between two
+short spans that differ by it, traced in the model's own code on a tensor-parallel rank. Everything grows
+linearly with the micro-batch beyond a constant (weights and their gradients), so two sizes tell all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from pgm_scale.config import (
+    AutoregressiveTransformerConfig,
+    ModelConfig,
+    ParallelConfig,
+    PartitionTransformerConfig,
+)
+from pgm_scale.models.layers import LayerBuilder
+from pgm_scale.models.stages import Span, is_shared, unit_kinds
+from pgm_scale.parallel.construction import build_part, layer_builder
+from pgm_scale.parallel.unit_costs import ExampleBatch, backward, stage_forward
+from pgm_scale.planning.cluster import Hardware
+from pgm_scale.planning.layouts import Sharing, Workload
+from pgm_scale.planning.pretend import META, pretended_rank
+from pgm_scale.planning.trace import Footprint, trace_passes
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A footprint by the sequences of a micro-batch, as `at(n)` = `constant` + n * `each`."""
+
+    constant: Footprint
+    each: Footprint
+
+    def at(self, sequences: int) -> Footprint:
+        return self.constant + self.each * sequences
+
+    def __sub__(self, other: Linear) -> Linear:
+        return Linear(self.constant - other.constant, self.each - other.each)
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """Of one variant on one kind of GPU.
+
+    Attributes:
+        by_kind: what a unit adds to its stage; `extra_bytes` is what its passes need beside what is held.
+        once: what each stage has besides, whatever its units: rotary tables and the condition.
+        parameters: sizes in elements of the parameters of a unit of each kind, padding included.
+        shared_parameters: of those that every stage has.
+    """
+
+    by_kind: dict[str, Linear]
+    once: Linear
+    parameters: dict[str, tuple[int, ...]]
+    shared_parameters: tuple[int, ...]
+
+
+def unit_costs(workload: Workload, sharing: Sharing, hardware: Hardware) -> tuple[UnitCosts, UnitCosts]:
+    """Trace every kind of unit on one tensor-parallel rank: without and with recomputation of the blocks."""
+    workload = replace(workload, model=_two_of_each_block(workload.model))
+    parallel = ParallelConfig(tensor=sharing.tensor, sequence_parallel=sharing.sequence_parallel)
+    kinds = tuple(dict.fromkeys(unit_kinds(workload.model)))
+    # The last rank, which has the mask token and the padding of the vocabulary, and masks their logits.
+    with pretended_rank(parallel, sharing.tensor, rank=sharing.tensor - 1) as mesh:
+        probe = _Probe(workload, sharing, hardware, layer_builder(mesh, parallel))
+        by_kind = {kind: probe.unit(kind) for kind in kinds}
+        block = next(kind for kind in kinds if _is_block(kind))
+        kept = UnitCosts(
+            by_kind,
+            once=probe.span(block) - by_kind[block],
+            parameters={kind: probe.parameters(kind, shared=False) for kind in kinds},
+            shared_parameters=probe.parameters(block, shared=True),
+        )
+        recomputed = {kind: probe.unit(kind, recompute=True) for kind in kinds if _is_block(kind)}
+        return kept, replace(kept, by_kind=by_kind | recomputed)
+
+
+def keys_per_query(model: ModelConfig, kind: str, length: int) -> float:
+    """Keys that a query attends to in a unit of this kind, on average, as `models.flops` counts them."""
+    if isinstance(model, PartitionTransformerConfig):
+        return (2 * length + 1) / 3 if kind == "encoder_block" else (length - 1) / 3
+    if isinstance(model, AutoregressiveTransformerConfig):
+        return (length + 1) / 2
+    return float(length)
+
+
+def _is_block(kind: str) -> bool:
+    return kind.endswith("block")
+
+
+def _two_of_each_block(model: ModelConfig) -> ModelConfig:
+    if isinstance(model, PartitionTransformerConfig):
+        return replace(model, num_encoder_blocks=2, num_decoder_blocks=2)
+    return replace(model, num_blocks=2)
+
+
+# Micro-batches to trace. A peak is the larger of what grows with the batch and what does not (the gradient of a
+# weight): the straight line through two sizes far apart is not below it between them.
+_SMALL, _LARGE = 1, 64
+
+
+class _Probe:
+    """Traces short spans of a model that has two blocks of each kind."""
+
+    def __init__(
+        self, workload: Workload, sharing: Sharing, hardware: Hardware, layers: LayerBuilder
+    ) -> None:
+        self.workload, self.sharing, self.hardware, self.layers = workload, sharing, hardware, layers
+        self.kinds = unit_kinds(workload.model)
+        self._spans: dict[tuple[bool, *tuple[str, ...]], Linear] = {}
+
+    def unit(self, kind: str, recompute: bool = False) -> Linear:
+        """What a unit adds to the stage of a neighbour; its passes' extra memory is that of the unit alone."""
+        alone, neighbours = self.span(kind, recompute=recompute), self._neighbours(kind)
+        unit_first = self.kinds.index(kind) < self.kinds.index(neighbours[0])
+        together = (kind, *neighbours) if unit_first else (*neighbours, kind)
+        own = self.span(*together, recompute=recompute) - self.span(*neighbours, recompute=recompute)
+        return Linear(
+            replace(own.constant, extra_bytes=alone.constant.extra_bytes),
+            replace(own.each, extra_bytes=alone.each.extra_bytes),
+        )
+
+    def _neighbours(self, kind: str) -> tuple[str, ...]:
+        """Blocks next to a unit that make stages which end with a single stream, with the unit and without."""
+        if _is_block(kind):
+            return (kind,)
+        before, after = self.kinds[: self.kinds.index(kind)], self.kinds[self.kinds.index(kind) + 1 :]
+        return after[:2] if after else before[-1:]
+
+    def span(self, *kinds: str, recompute: bool = False) -> Linear:
+        """The footprint of a stage of these consecutive units, the last such ones of the model."""
+        if (recompute, *kinds) not in self._spans:
+            self._spans[recompute, *kinds] = self._trace(kinds, recompute)
+        return self._spans[recompute, *kinds]
+
+    def parameters(self, kind: str, shared: bool) -> tuple[int, ...]:
+        stage, _ = self._stage((kind,), recompute=False)
+        return tuple(p.numel() for name, p in stage.named_parameters() if is_shared(name) == shared)
+
+    def _stage(self, kinds: tuple[str, ...], recompute: bool) -> tuple[nn.Module, int]:
+        """The module of a span, and its first unit."""
+        last = max(i for i in range(len(self.kinds) + 1) if self.kinds[i - len(kinds) : i] == kinds)
+        first, workload = last - len(kinds), self.workload
+        stage = build_part(
+            workload.model,
+            workload.vocab_size,
+            workload.length,
+            self.layers,
+            Span(first, last),
+            recompute,
+        )
+        return stage, first
+
+    def _trace(self, kinds: tuple[str, ...], recompute: bool) -> Linear:
+        workload, dtype = self.workload, self.workload.dtype
+        stage, first = self._stage(kinds, recompute)
+        for parameter in stage.parameters():
+            parameter.data = parameter.data.to(dtype)
+            parameter.grad = torch.empty_like(parameter)  # as after the first micro-batch
+
+        def footprint(sequences: int) -> Footprint:
+            batch = ExampleBatch(workload.vocab_size, workload.length, sequences, META)
+            ranks = self.sharing.tensor if self.sharing.sequence_parallel else 1
+            forward = stage_forward(stage, workload.model, first, batch, dtype, ranks)
+            return trace_passes(forward, backward, self.hardware, workload.precision)
+
+        small = _SMALL if workload.length % self.sharing.tensor == 0 else self.sharing.tensor
+        at_small, at_large = footprint(small), footprint(_LARGE * small)
+        each = (at_large - at_small) * (1 / (_LARGE * small - small))
+        return Linear(at_small - each * small, each)
