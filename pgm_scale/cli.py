@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pgm_scale.errors import UserError
 
 _EPILOG = """exit codes: 0 done; 1 a bug of ours (with a traceback); 2 bad input; 3 a loss or gradient that is
-not finite; 75 stopped by a signal after saving, run the same command to go on; 130 interrupted"""
+not finite; 4 a rank hung or died, and is named; 75 stopped by a signal after saving, run the same command to go
+on; 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from pgm_scale.errors import UserError
 from pgm_scale.models import build_model
 from pgm_scale.parallel.launch import Launch, find_launch
 from pgm_scale.parallel.layout import layout_problems, length_problems
-from pgm_scale.parallel.mesh import connect, disconnect
+from pgm_scale.parallel.mesh import connected
 from pgm_scale.parallel.optimizer import build_adamw
 from pgm_scale.run_folder import RunFolder
 
@@ -103,12 +103,12 @@ def _rank_map(launch: Launch, parallel: ParallelConfig, problems: list[str]) -> 
     """One line a rank with its place in the layout; alone, no process group is made."""
     if launch.source == "single":
         return ["single process (torchrun or srun would be seen here)"]
-    mesh = connect(launch).arranged(parallel)
-    place = f"tensor {mesh.tensor_rank}, data {mesh.data_rank}, stage {mesh.stage}"
-    lines = mesh.gather(
-        f"rank {mesh.rank}: {platform.node()} {mesh.device} (local rank {mesh.local_rank}; {place})"
-    )
-    disconnect()
+    with connected(launch) as connection:
+        mesh = connection.arranged(parallel)
+        place = f"tensor {mesh.tensor_rank}, data {mesh.data_rank}, stage {mesh.stage}"
+        lines = mesh.gather(
+            f"rank {mesh.rank}: {platform.node()} {mesh.device} (local rank {mesh.local_rank}; {place})"
+        )
     devices = [line.split(": ", 1)[1].split(" (")[0] for line in lines]
     if torch.cuda.is_available() and len(set(devices)) < len(devices):
         problems.append("two ranks share a GPU; start one task per GPU")

@@ -6,6 +6,7 @@
     <run>/metrics.jsonl       one JSON object a logged step
     <run>/unit_costs.json     seconds of each kind of unit, by which a pipeline is split into stages
     <run>/samples/            text generated at validations
+    <run>/hangs/              the stacks of all ranks, if one of them hung
     <run>/checkpoints/        see `pgm_scale.checkpoint.store`
 
 Loading a model here imports neither deepspeed nor megatron.
@@ -79,6 +80,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.unit_costs_path = self.path / "unit_costs.json"
         self.samples_path = self.path / "samples"
+        self.hangs_path = self.path / "hangs"
 
     def create_or_match(self, config: RunConfig, train: DatasetManifest, tokenizer_path: Path) -> RunIdentity:
         """Describe a new run, or see that `config` and the data go on with the run that is there.

@@ -7,9 +7,13 @@ neighbouring ranks are tensor-parallel, then data-parallel, then pipeline stages
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +21,10 @@ import torch.distributed as dist
 
 from pgm_scale.config import ParallelConfig
 from pgm_scale.parallel.launch import Launch
+from pgm_scale.parallel.rendezvous import join
+from pgm_scale.parallel.watchdog import Watchdog
+
+_PATIENCE = 5  # times the watchdog's, of collectives
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,25 @@ class Groups:
     model: dist.ProcessGroup
 
 
+def _unwatched(what: str, step: int | None = None) -> None:
+    """Progress of a process that has no others to wait for."""
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place; `groups` is None where data parallelism spans all ranks."""
+    """This process's place among the ranks.
+
+    Attributes:
+        groups: None where data parallelism spans all ranks.
+        progress: `Watchdog.progress`, to be called all along a run.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     groups: Groups | None = None
+    progress: Callable[..., None] = _unwatched
 
     @property
     def tensor_rank(self) -> int:
@@ -124,7 +142,7 @@ class Mesh:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, round(parallel.timeout_s / 60)),
+            distributed_timeout_minutes=math.ceil(_PATIENCE * parallel.timeout_s / 60),
         )
         groups = Groups(
             tensor=parallel_state.get_tensor_model_parallel_group(),
@@ -135,11 +153,19 @@ class Mesh:
         return dataclasses.replace(self, groups=groups)
 
 
-def connect(launch: Launch, timeout_s: float = ParallelConfig.timeout_s) -> Mesh:
-    """Join the process group (NCCL where this process has a GPU, gloo elsewhere) and return the mesh.
+@contextmanager
+def connected(
+    launch: Launch, timeout_s: float = ParallelConfig.timeout_s, hangs_folder: Path | None = None
+) -> Iterator[Mesh]:
+    """Join the process group (NCCL where this process has a GPU, gloo elsewhere), under a watchdog.
+
+    Args:
+        timeout_s: how long to wait for ranks that do not come, and for ranks that come no further.
+        hangs_folder: where stacks are written if some rank hangs.
 
     Raises:
-        UserError: some ranks did not come within `timeout_s`; they are named.
+        UserError: some ranks did not come; they are named.
+        HungRankError: a collective failed because of the ranks that it names.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
@@ -156,15 +182,17 @@ def connect(launch: Launch, timeout_s: float = ParallelConfig.timeout_s) -> Mesh
         MASTER_ADDR=launch.master_address,
         MASTER_PORT=str(launch.master_port),
     )
-    dist.init_process_group(
-        backend,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    return Mesh(launch.rank, launch.world_size, launch.local_rank, device)
-
-
-def disconnect() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    store = join(launch, timeout_s)
+    with Watchdog(launch, store, timeout_s, hangs_folder) as watchdog:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("process-group", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            # It does not know a slow rank from a hung one: the watchdog comes first.
+            timeout=timedelta(seconds=_PATIENCE * timeout_s),
+        )
+        try:
+            yield Mesh(launch.rank, launch.world_size, launch.local_rank, device, progress=watchdog.progress)
+        finally:
+            dist.destroy_process_group()

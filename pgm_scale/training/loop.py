@@ -28,7 +28,7 @@ from pgm_scale.objectives.base import DrawSpec
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.launch import Launch
 from pgm_scale.parallel.layout import describe_layout, layout_problems, length_problems
-from pgm_scale.parallel.mesh import Mesh, connect, disconnect
+from pgm_scale.parallel.mesh import Mesh, connected
 from pgm_scale.parallel.stages import split_units
 from pgm_scale.parallel.unit_costs import measure_unit_costs
 from pgm_scale.run_folder import RunFolder, RunIdentity
@@ -50,6 +50,7 @@ def train(config: RunConfig, launch: Launch) -> None:
         UserError: the configuration does not fit the launch, the data, or the run that is in the folder.
         Preempted: a signal stopped the run after a save.
         NonFiniteError: see `training_step`.
+        HungRankError: a rank hangs or is dead; it is named.
     """
     problems = layout_problems(config, launch.world_size)
     splits = open_splits(config.data.train, config.data.validation, config.data.cache_folder, problems)
@@ -59,8 +60,8 @@ def train(config: RunConfig, launch: Launch) -> None:
         raise UserError("cannot train:\n  " + "\n  ".join(problems))
     train_split, validation_split = splits
     with ExitStack() as stack:
-        mesh = connect(launch, config.parallel.timeout_s)
-        stack.callback(disconnect)
+        hangs = RunFolder(config.folder).hangs_path
+        mesh = stack.enter_context(connected(launch, config.parallel.timeout_s, hangs))
         lock = RunLock(config.folder)
         Peers(mesh.rank, mesh.world_size, mesh.gather).first(lock.acquire)
         stack.callback(lock.release)
@@ -269,6 +270,7 @@ class TrainingRun:
 
     def _validate(self, step: int) -> dict[str, Any]:
         config, mesh = self.config, self.mesh
+        mesh.progress(f"validation after step {step}")
         weights = self.ema.values if self.ema is not None else None
         with self.engine.evaluation(weights) as model:
             perplexity = validate(
@@ -295,6 +297,7 @@ class TrainingRun:
         }
 
     def _save(self, step: int) -> None:
+        self.mesh.progress(f"saving step {step}")
         if self.lock is not None:
             self.store.peers.first(self.lock.check)
         self.checkpointer.save(step, {"run_id": self.identity.run_id})

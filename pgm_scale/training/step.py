@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,8 +65,11 @@ def training_step(
     Raises:
         NonFiniteError: on every rank, naming the step, the ranks and their samples; no weight has changed.
     """
+    mesh.progress(f"reading the data of step {step}", step)
     batches = [next(micro_batches) for _ in range(engine.micro_steps)]
     scored_tokens = float(mesh.sum(np.array([sum(b.scored_tokens for b in batches)], np.float64))[0])
+    # Tensor-parallel ranks drop the same of the same tokens; with sequence parallelism each has its own tokens.
+    place = (mesh.data_rank, mesh.stage, mesh.tensor_rank if config.parallel.sequence_parallel else 0)
     losses: list[float] = []
     kept: list[LossTerms] = []
 
@@ -79,8 +81,11 @@ def training_step(
             kept.append(terms)
             return share
 
+        def begin() -> None:
+            mesh.progress(f"step {step}, micro-batch {number}")
+            seed_dropout(config.training.seed, step, number, *place)
+
         call = objective.call(inputs)
-        begin = partial(seed_dropout, config, mesh, step, number)
         return MicroStep(call.arguments, call.readout, begin, loss)
 
     engine.forward_backward(
@@ -92,6 +97,7 @@ def training_step(
         _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)
     global_loss = float(mesh.sum(np.array([loss]))[0])
     rate = learning_rate(config.optimizer, step, config.training.steps)
+    mesh.progress(f"update of step {step}")
     if not engine.step(rate):
         _refuse_non_finite("gradient norm", step, True, batches, mesh)
     if ema is not None:
@@ -99,14 +105,9 @@ def training_step(
     return StepResult(global_loss, int(scored_tokens), engine.gradient_norm, rate, bool(stops), kept)
 
 
-def seed_dropout(config: RunConfig, mesh: Mesh, step: int, micro_step: int) -> None:
-    """Dropout is a function of the seed, the step and the place, so a resume needs no generator's state.
-
-    Tensor-parallel ranks draw the same for the same tokens; with sequence parallelism each has its own tokens.
-    """
-    token_share = mesh.tensor_rank if config.parallel.sequence_parallel else 0
-    place = [config.training.seed, step, micro_step, mesh.data_rank, mesh.stage, token_share]
-    words = np.random.SeedSequence(place).generate_state(1, np.uint64)
+def seed_dropout(*coordinates: int) -> None:
+    """Dropout is a function of the seed, the step and the place, so a resume needs no generator's state."""
+    words = np.random.SeedSequence(coordinates).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]) >> 1)
 
 

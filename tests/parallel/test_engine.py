@@ -73,7 +73,9 @@ def _take_step(engine: Engine, mesh: Mesh, step: int, micro: int, dtype: torch.d
 def _whole(engine: Engine, mesh: Mesh) -> dict[str, np.ndarray]:
     """All fp32 weights, put together from every rank's fragments; a gap or an overlap fails."""
     found: dict[str, np.ndarray] = {}
-    for fragments in mesh.gather([(e.name, e.global_shape, e.start, e.weight.numpy()) for e in engine.state]):
+    for fragments in mesh.gather(
+        [(e.name, e.part.global_shape, e.start, e.weight.numpy()) for e in engine.state]
+    ):
         for name, shape, start, values in fragments:
             whole = found.setdefault(name, np.full(int(np.prod(shape)), np.nan, np.float32))
             assert engine.zero_stage == 0 or np.isnan(whole[start : start + len(values)]).all()

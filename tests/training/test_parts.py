@@ -15,6 +15,7 @@ import torch
 
 from pgm_scale.files import finite
 from pgm_scale.parallel.state import ParameterState
+from pgm_scale.tensor_slices import TensorSlice
 from pgm_scale.training.ema import ExponentialMovingAverage
 from pgm_scale.training.metrics import MetricsFile
 from pgm_scale.training.signals import StopFlag
@@ -26,7 +27,9 @@ from tests.tiny_data import tiny_config
 def test_ema_follows_its_formula_with_warm_up() -> None:
     weight = torch.zeros(3)
     parameter = torch.nn.Parameter(weight)
-    state = ParameterState("w", (3,), 0, weight, weight, weight, torch.zeros(()), False, parameter)
+    state = ParameterState(
+        "w", TensorSlice.whole((3,)), 0, weight, weight, weight, torch.zeros(()), False, True, parameter
+    )
     average = ExponentialMovingAverage([state], decay=0.3)
     expected = 0.0
     for update in range(1, 8):
