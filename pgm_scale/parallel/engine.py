@@ -9,8 +9,6 @@ all that checkpoints and the EMA use.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,12 +23,12 @@ from pgm_scale.models.initialization import is_split, note_slices, tensor_slice
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
 from pgm_scale.models.stages import is_shared
 from pgm_scale.parallel.construction import build_part, layer_builder, materialize, stage_span
+from pgm_scale.parallel.deepspeed_setup import deepspeed_config, initialize, topology
 from pgm_scale.parallel.host_device import megatron_device
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import build_adamw
 from pgm_scale.parallel.state import ParameterState, find_state, is_first_copy, refresh_weights
-from pgm_scale.parallel.topology import Topology
 
 
 class Engine:
@@ -64,7 +62,7 @@ class Engine:
             sum_partial_gradients(model, self._groups.tensor)
         settings = deepspeed_config(config, mesh)
         optimizer = build_adamw(model.parameters(), config.optimizer, mesh.device)
-        self._engine = _initialize(model, optimizer, settings, mesh)
+        self._engine = initialize(model, optimizer, settings, mesh)
         self._optimizer = optimizer
         self._stage = None
         if mesh.stages > 1:
@@ -92,7 +90,7 @@ class Engine:
                 data_parallel_group=mesh.data_group,
                 config_dict_or_path=deepspeed_config(config, mesh),
                 dtype=dtype,
-                mpu=_topology(mesh),
+                mpu=topology(mesh),
             )
             materialize(
                 model,
@@ -252,49 +250,3 @@ class Engine:
         if self.mesh.stages == 1:
             return own
         return {name: shape for part in self.mesh.gather(own) for name, shape in part.items()}
-
-
-def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """DeepSpeed's settings for a run on a mesh."""
-    training, parallel = config.training, config.parallel
-    accumulation = training.global_batch_sequences // (training.micro_batch_sequences * mesh.data_ranks)
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": training.micro_batch_sequences,
-        # A pipeline hands over the gradients of all micro-batches at once.
-        "gradient_accumulation_steps": 1 if mesh.stages > 1 else accumulation,
-        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 62,
-    }
-    if parallel.zero_stage > 0:
-        settings["gradient_clipping"] = config.optimizer.gradient_clip_norm
-    if parallel.offload_optimizer:
-        pinned = mesh.device.type == "cuda"
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-        settings["zero_force_ds_cpu_optimizer"] = (
-            False  # torch's fused AdamW is as fast and needs no compiler
-        )
-    if training.precision == "bf16" and parallel.zero_stage > 0:
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        settings["communication_data_type"] = "fp32"  # twice the bytes; bf16 would round the sums
-    return settings
-
-
-def _topology(mesh: Mesh) -> Topology | None:
-    return Topology(mesh) if mesh.groups is not None else None
-
-
-def _initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
-) -> Any:
-    # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU:
-    # it needs a C++ compiler and takes a minute; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.groups.mpu = None  # an engine of another layout may have left its own here
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, mpu=_topology(mesh)
-        )
-    return engine
