@@ -24,7 +24,6 @@ class Beat:
         waiting: the innermost Python frame is in a library that communicates: it waits for other ranks.
         ended: how its session has ended, "" while it goes on.
         failed: it has ended by an error of its own.
-        unix_s: its wall clock, for messages only.
         stack: innermost frame last.
     """
 
@@ -37,7 +36,6 @@ class Beat:
     waiting: bool
     ended: str
     failed: bool
-    unix_s: float
     stack: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -129,11 +127,13 @@ def find_culprits(
         return silent + failed
     working = [beat for beat in still if not beat.waiting]
     waiting = [beat for beat in still if beat.waiting]
-    if working and (waiting or broken or (waits_are_hidden and len({beat.position for beat in working}) > 1)):
+    left = [peer.beat for peer in peers if peer.beat.ended]
+    apart = waits_are_hidden and len({beat.position for beat in working}) > 1
+    if working and (waiting or left or broken or apart):
         return [Culprit(beat, _standstill(beat, "outside of any collective")) for beat in _last(working)]
     if working:
         return None
-    if left := [peer.beat for peer in peers if peer.beat.ended]:
+    if left:
         return [Culprit(beat, f"has left the run ({beat.ended})") for beat in left]
     return [Culprit(beat, _standstill(beat, "waiting like all others")) for beat in _last(waiting)]
 

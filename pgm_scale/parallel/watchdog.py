@@ -17,13 +17,10 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import signal
-import sys
 import threading
 import time
-import traceback
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NoReturn, Self
 
 import torch
@@ -33,19 +30,26 @@ from pgm_scale.checkpoint.lock import Holder
 from pgm_scale.errors import HungRankError, UserError
 from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, describe, find_culprits
 from pgm_scale.parallel.launch import Launch
-from pgm_scale.parallel.rendezvous import Member, member, read, server_address, server_name, serves, within
+from pgm_scale.parallel.processes import can_be_ended, end, raised_at, silence, stack_of
+from pgm_scale.parallel.rendezvous import (
+    Member,
+    member,
+    ranks_text,
+    read,
+    server_address,
+    server_name,
+    serves,
+    within,
+)
 
-_SHOWN_FRAMES = 30
-_SILENT_BEATS = 4  # so many beats missed in a row: the process is stopped or dead
+_FINISHED = "finished"
+_SHOWN_STACKS = 4
+_SILENT_BEATS = 4  # who misses so many beats in a row is stopped or dead
 _DEPUTIES = 8  # so many ranks come one after the other when rank 0 cannot judge, then all
-_SPREADING_BEATS = 2  # after so many beats all ranks have read the verdict
-_PARTING_BEATS = 5  # how long the store waits for ranks that finish later
-_LATE_BEATS = 5  # and after so many they have judged by themselves
+_LATE_BEATS = 5  # after so many, ranks that cannot reach the store have judged by themselves
 _UNWINDING_BEATS = 15  # time for a rank that was told why its collective failed to end by itself
-_ABORT_S = 0.5
 _ENDING_S = 120.0
 _REPORT_S = 5.0  # a hung file system must not keep a rank from ending
-_COMMUNICATING = ("/torch/distributed/", "/deepspeed/", "/megatron/core/", "/pgm_scale/parallel/")
 _BROKEN_COLLECTIVE = (
     "gloo",
     "NCCL",
@@ -53,16 +57,6 @@ _BROKEN_COLLECTIVE = (
     "Connection closed by peer",
     "Connection reset by",
 )
-_DEAD = "is dead"
-_UNKNOWN = "sends no sign of life"
-_STATES = {
-    "": _DEAD,
-    "Z": _DEAD,
-    "X": _DEAD,
-    "T": "is stopped by a signal",
-    "t": "is stopped by a debugger",
-    "D": "is stuck in the kernel (disk, network file system or GPU driver)",
-}
 
 
 class Watchdog:
@@ -86,34 +80,31 @@ class Watchdog:
         self._folder = Path(folder) if folder is not None else None
         # At most about 256 beats a second for the store's one thread.
         self._interval_s = min(max(1.0, launch.world_size / 256), timeout_s / 5)
+        self._silent_s = _SILENT_BEATS * self._interval_s
         self._process = Holder.here()
         self._thread = threading.get_ident()
-        self._progress = (0, 0, "start")
-        self._still_s = 0.0  # since the last progress
-        self._unheard_s = 0.0  # since the store's last answer
-        self._decided_s = 0.0  # since the verdict
+        self._progress = self._warned = (0, 0, "start")  # now, and when a long phase was last warned of
         self._number = 0
         self._ended, self._failed = "", False
-        self._fell_at: tuple[str, ...] = ()  # the stack of the error that ended this rank
+        self._raised_at: tuple[str, ...] = ()
         self._broken = False  # a collective has failed on this rank, and its main thread waits for the reason
         self._run_broken = False  # one has failed on any rank
         self._lost = False  # the connection to the store is gone
-        self._first: Beat | None = None  # rank 0's last beat
-        self._first_missed = 0  # how many it has missed since
-        self._suspicions = 0  # exchanges in which this rank had reason to judge
-        self._heard: dict[int, tuple[Beat, int]] = {}  # of each rank: the last beat, and how many were missed
-        self._observations = 0
+        # Moments of this process's own clock, which stands still while the process is suspended.
+        self._lived_s = self._moved_s = self._answered_s = self._decided_s = self._listening_s = 0.0
+        self._first: tuple[Beat, float] | None = None  # rank 0's last beat, and when it was new
+        self._heard: dict[int, tuple[Beat, float]] = {}  # the same of each rank, while this one judges
+        self._vacancy = 0  # exchanges for which there has been no rank 0 to judge, but reason to
         self._verdict: Verdict | None = None
         self._explained: HungRankError | None = None
         self._reports = threading.Lock()  # taken for good by the thread that reports the verdict
         self._decided, self._stop, self._wake = threading.Event(), threading.Event(), threading.Event()
         self._said = threading.Event()  # this rank's last words are in the store, or the store is gone
         self._all_said = threading.Event()
-        self._warned = self._progress  # where this rank was when it last warned of a long phase
         self._threads: list[threading.Thread] = []
 
     def progress(self, what: str, step: int | None = None) -> None:
-        """Call at points all along the run, the same ones on all ranks; costs less than a microsecond.
+        """Call at points all along the run, the same ones on all ranks; costs about a microsecond.
 
         Args:
             what: what begins now, as a person would say it.
@@ -139,7 +130,7 @@ class Watchdog:
     def _explanation(self, error: BaseException) -> HungRankError:
         self._broken = True
         self._wake.set()
-        self._decided.wait(6 * _SILENT_BEATS * self._interval_s)
+        self._decided.wait(6 * self._silent_s)
         line = "a collective failed, and no rank to blame was found"
         if self._verdict is not None:
             line = self._verdict.line
@@ -152,7 +143,7 @@ class Watchdog:
         self._thread = threading.get_ident()
         if self._launch.world_size > 1:
             if not faulthandler.is_enabled():
-                faulthandler.enable()  # a crash, and the SIGABRT of `_kill_silent`, leave a stack
+                faulthandler.enable()  # a crash, and the SIGABRT of `processes.end`, leave a stack
             for name, target in (("watchdog", self._watch), ("watchdog-store", self._talk)):
                 self._threads.append(threading.Thread(target=target, name=name, daemon=True))
                 self._threads[-1].start()
@@ -162,30 +153,39 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         explained = self.explain(error) if error is not None else None
-        self._failed = not (error is None or explained or isinstance(error, HungRankError))
         if trace is not None:
-            self._fell_at = _where(trace)
-        self._ended = "finished" if error is None else _one_line(error)
+            self._raised_at = raised_at(trace)
+        self._failed = not (error is None or explained or isinstance(error, HungRankError))
+        self._ended = _FINISHED if error is None else _one_line(error)
         if self._threads:
             self._say_last_words()
         if self._verdict is not None:
-            self._kill_silent(self._verdict)
+            self._end_silent(self._verdict)
         if explained is not None:
             raise explained from None
 
     def _say_last_words(self) -> None:
         self._wake.set()
-        self._said.wait(_SILENT_BEATS * self._interval_s)
-        self._linger(_PARTING_BEATS if self._ended == "finished" else _SPREADING_BEATS)
+        self._said.wait(self._silent_s)
+        self._linger(self._timeout_s + 2 * self._silent_s if self._ended == _FINISHED else self._spread_s)
         self._stop.set()
         self._wake.set()
         for thread in self._threads:
             thread.join(self._interval_s)  # the one at the store may be blocked
 
-    def _linger(self, beats: int) -> None:
-        """Where the store ends with this process: wait for the others, or until they have read what is in it."""
+    def _linger(self, seconds: float) -> None:
+        """Where the store ends with this process: wait until the others have ended too."""
         if serves(self._launch):
-            self._all_said.wait(beats * self._interval_s)
+            self._all_said.wait(seconds)
+
+    @property
+    def _spread_s(self) -> float:
+        """After so long all ranks have read the verdict."""
+        return 2 * self._interval_s
+
+    @property
+    def _still_s(self) -> float:
+        return self._lived_s - self._moved_s
 
     # The thread that watches the clock.
 
@@ -193,55 +193,49 @@ class Watchdog:
         seen, before_s = self._progress, time.monotonic()
         while not self._stop.wait(self._interval_s / 2):
             progress, now_s = self._progress, time.monotonic()
-            lived_s = min(now_s - before_s, self._interval_s)
-            self._still_s = self._still_s + lived_s if progress is seen else 0.0
-            self._unheard_s += lived_s
+            self._lived_s += min(now_s - before_s, self._interval_s)
+            if progress is not seen:
+                self._moved_s = self._lived_s
             seen, before_s = progress, now_s
             if self._verdict is None and self._is_deaf() and self._is_stuck() and not self._ended:
                 self._decide(self._blame_server())
-            if self._verdict is not None:
-                self._decided_s += lived_s
-                if not self._broken or self._decided_s > _UNWINDING_BEATS * self._interval_s:
-                    self._end(self._verdict)
+            if self._verdict is not None and self._must_end():
+                self._end(self._verdict)
 
     def _is_deaf(self) -> bool:
-        return self._lost or self._unheard_s > _SILENT_BEATS * self._interval_s
+        return self._lost or self._lived_s - self._answered_s > self._silent_s
 
-    def _is_stuck(self, beats_early: int = 0) -> bool:
-        """Whether this rank has reason to judge, or will have in so many beats."""
-        early_s = beats_early * self._interval_s
+    def _is_stuck(self, early_s: float = 0.0) -> bool:
+        """Whether this rank has reason to judge, or will have so soon."""
         return self._broken or self._run_broken or self._still_s >= self._timeout_s - early_s
 
+    def _must_end(self) -> bool:
+        """A main thread that knows the verdict gets some time to end by itself."""
+        return not self._broken or self._lived_s - self._decided_s > _UNWINDING_BEATS * self._interval_s
+
     def _blame_server(self) -> Verdict:
-        lost = f"{server_name(self._launch)} at {server_address(self._launch)} does not answer"
         if self._launch.agent_attempt is not None or self._first is None:
-            return self._judgement(lost, [], maker=1)
-        if self._first.ended:
-            culprit = Culprit(self._first, f"has left the run ({self._first.ended})")
+            address = server_address(self._launch)
+            return self._judgement(f"{server_name(self._launch)} at {address} does not answer", [], maker=1)
+        beat, _ = self._first
+        if beat.ended:
+            culprit = Culprit(beat, f"has left the run ({beat.ended})")
         else:
-            culprit = Culprit(self._first, _silence(self._first.process), silent=True)
+            culprit = Culprit(beat, silence(beat.process), silent=True)
         return self._judgement(describe([culprit]), [culprit], maker=1)
 
     def _end(self, verdict: Verdict) -> NoReturn:
         if self._reports.acquire(blocking=False):
             self._report(verdict)
-        self._linger(_SPREADING_BEATS)
-        self._kill_silent(verdict)
+        self._linger(self._spread_s)
+        self._end_silent(verdict)
         os._exit(HungRankError.exit_code)
 
-    def _kill_silent(self, verdict: Verdict) -> None:
+    def _end_silent(self, verdict: Verdict) -> None:
         """End the processes of this machine that cannot do it, when all others have seen in what state they are."""
-        here = [process for process in verdict.silent if _silence(process) not in (_DEAD, _UNKNOWN)]
-        if here:
+        if any(map(can_be_ended, verdict.silent)):
             time.sleep(_LATE_BEATS * self._interval_s)
-        for number in (
-            signal.SIGABRT,
-            signal.SIGKILL,
-        ):  # the first prints the stack, of which Python has no say
-            for process in here:
-                with contextlib.suppress(OSError):
-                    os.kill(process.pid, number)
-            time.sleep(_ABORT_S if here else 0)
+            end(verdict.silent)
 
     def _report(self, verdict: Verdict, with_line: bool = True) -> None:
         """Print, and write to the folder, which may be on a file system that hangs."""
@@ -283,11 +277,11 @@ class Watchdog:
             self._run_broken = True
             self._heard.clear()  # listen anew: whoever broke it may have spoken just before
         if first := self._read(store, _key(0)):
-            self._hear_first(Beat.from_json(first))
+            self._first = self._newer(self._first, Beat.from_json(first))
+        if beat.ended:
+            self._part(store)
         if verdict := self._read(store, "verdict"):
             self._decide(Verdict.from_json(verdict))
-        elif beat.ended:
-            self._part(store)
         elif self._is_judge():
             self._observe(store)
         else:
@@ -295,20 +289,25 @@ class Watchdog:
 
     def _read(self, store: dist.Store, key: str) -> str:
         value = read(store, key)
-        self._unheard_s = 0.0
+        self._answered_s = self._lived_s
         return value
 
-    def _hear_first(self, beat: Beat) -> None:
-        moves = self._first is None or beat.number != self._first.number
-        self._first, self._first_missed = beat, 0 if moves else self._first_missed + 1
+    def _newer(self, last: tuple[Beat, float] | None, beat: Beat) -> tuple[Beat, float]:
+        """A beat with the time since when it is known."""
+        return (beat, self._lived_s if last is None or beat.number != last[0].number else last[1])
+
+    def _is_silent(self, heard: tuple[Beat, float]) -> bool:
+        return self._lived_s - heard[1] >= self._silent_s
 
     def _is_judge(self) -> bool:
-        """Rank 0 as long as it lives; after it the next ones, one after the other."""
+        """Rank 0 as long as it lives, also when it has finished; then the next ones, one after the other."""
+        if self._ended not in ("", _FINISHED):
+            return False
         if self._launch.rank == 0:
-            return self._is_stuck(_SILENT_BEATS)  # listens to the others in good time
-        vacant = self._first_missed >= _SILENT_BEATS or (self._first is not None and self._first.ended != "")
-        self._suspicions = self._suspicions + 1 if vacant and self._is_stuck() else 0
-        return self._suspicions >= min(self._launch.rank, _DEPUTIES)
+            return self._is_stuck(early_s=self._silent_s)  # listens to the others in good time
+        vacant = self._first is not None and (self._first[0].ended != "" or self._is_silent(self._first))
+        self._vacancy = self._vacancy + 1 if vacant and self._is_stuck() else 0
+        return self._vacancy >= min(self._launch.rank, _DEPUTIES)
 
     def _part(self, store: dist.Store) -> None:
         """Count the ranks whose last words are in the store."""
@@ -320,7 +319,7 @@ class Watchdog:
     def _beat(self) -> Beat:
         self._number += 1
         step, count, phase = self._progress
-        stack, waiting = _stack(self._thread)
+        stack, waits = stack_of(self._thread)
         return Beat(
             self._launch.rank,
             self._process,
@@ -328,41 +327,46 @@ class Watchdog:
             (step, count),
             phase,
             self._still_s,
-            waiting or self._broken,
+            waits or self._broken,
             self._ended,
             self._failed,
-            time.time(),
-            self._fell_at or stack,
+            self._raised_at or stack,
         )
 
     def _observe(self, store: dist.Store) -> None:
         """Listen to all ranks for some beats, then judge."""
-        self._observations = self._observations + 1 if self._heard else 1
+        if not self._heard:
+            self._listening_s = self._lived_s
         for rank in range(self._launch.world_size):
             text = self._read(store, _key(rank))
             beat = Beat.from_json(text) if text else _before_the_first(rank, member(store, rank))
-            last, missed = self._heard.get(rank, (beat, -1))
-            self._heard[rank] = (beat, missed + 1 if beat.number == last.number else 0)
-        if self._observations <= _SILENT_BEATS:
-            return
+            self._heard[rank] = self._newer(self._heard.get(rank), beat)
+        if self._lived_s - self._listening_s >= self._silent_s:
+            self._judge(store)
+
+    def _judge(self, store: dist.Store) -> None:
         peers = [
-            Peer(beat, _silence(beat.process) if missed >= _SILENT_BEATS else "")
-            for beat, missed in self._heard.values()
+            Peer(heard[0], silence(heard[0].process) if self._is_silent(heard) else "")
+            for heard in self._heard.values()
         ]
         hidden = torch.cuda.is_initialized()
         culprits = find_culprits(peers, self._timeout_s, self._run_broken, hidden)
         if culprits is None:
-            self._warn()
+            self._warn([peer.beat.rank for peer in peers if peer.beat.still_s < self._timeout_s])
             return
         ours = self._judgement(describe(culprits), culprits, self._launch.rank)
         self._decide(Verdict.from_json(store.compare_set("verdict", "", ours.to_json()).decode()))
 
-    def _warn(self) -> None:
-        """Say once that this is a long phase, or a long wait for a slow rank."""
-        if self._is_stuck() and self._launch.rank == 0 and self._warned is not self._progress:
-            self._warned = self._progress
-            text = f'no progress for {self._still_s:.0f} s in "{self._progress[2]}", but no rank hangs: going on\n'
-            within(_REPORT_S, lambda: os.write(2, text.encode()))
+    def _warn(self, moving: list[int]) -> None:
+        """Say once that this is a long wait for slow ranks, or a long phase."""
+        if not self._is_stuck() or self._launch.rank != 0 or self._warned is self._progress:
+            return
+        self._warned = self._progress
+        reason = "no rank waits for another"
+        if moving:
+            reason = f"{ranks_text(moving)} make{'s' if len(moving) == 1 else ''} progress"
+        text = f'no progress for {self._still_s:.0f} s in "{self._warned[2]}"; going on, as {reason}\n'
+        within(_REPORT_S, lambda: os.write(2, text.encode()))
 
     def _judgement(self, who: str, culprits: list[Culprit], maker: int) -> Verdict:
         who = who or "a collective failed, and no rank is dead, stopped or behind: look at the network"
@@ -372,11 +376,13 @@ class Watchdog:
             f"{who}; the others {waited}end with exit code {HungRankError.exit_code}; "
             f"{where}run the same command to go on from the newest checkpoint"
         )
+        stacks = "".join(culprit.stack() for culprit in culprits[:_SHOWN_STACKS])
         silent = tuple(culprit.beat.process for culprit in culprits if culprit.silent)
-        return Verdict(maker, line, "".join(culprit.stack() for culprit in culprits), silent)
+        return Verdict(maker, line, stacks, silent)
 
     def _decide(self, verdict: Verdict) -> None:
         if self._verdict is None:
+            self._decided_s = self._lived_s
             self._verdict = verdict
             self._decided.set()
 
@@ -388,51 +394,7 @@ def _key(rank: int) -> str:
 def _before_the_first(rank: int, who: Member | None) -> Beat:
     """In place of the first beat of a rank that joined but whose watchdog never started."""
     process = Holder(who.host if who else "unknown", "", who.pid if who else 0, "", "")
-    return Beat(rank, process, 0, (0, 0), "start", 0.0, False, "", False, 0.0, ())
-
-
-def _stack(thread: int) -> tuple[tuple[str, ...], bool]:
-    """The stack of a thread as lines, innermost call last, and whether it waits for other ranks.
-
-    Autograd's threads, which Python did not start, count as part of it: hooks of the backward pass run there.
-    No source lines, as reading them might hang too.
-    """
-    others = {other.ident for other in threading.enumerate()} - {thread}
-    found = sys._current_frames()
-    frames = [found.pop(thread), *(frame for ident, frame in found.items() if ident not in others)]
-    lines = [line for frame in frames for line in _lines(frame)]
-    waiting = any(folder in frame.f_code.co_filename for frame in frames for folder in _COMMUNICATING)
-    return tuple(lines), waiting
-
-
-def _lines(innermost: FrameType) -> list[str]:
-    lines: list[str] = []
-    frame: FrameType | None = innermost
-    while frame is not None and len(lines) < _SHOWN_FRAMES:
-        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_qualname}")
-        frame = frame.f_back
-    return lines[::-1]
-
-
-def _where(trace: TracebackType) -> tuple[str, ...]:
-    calls = list(traceback.walk_tb(trace))[-_SHOWN_FRAMES:]
-    return tuple(f"{frame.f_code.co_filename}:{line} {frame.f_code.co_qualname}" for frame, line in calls)
-
-
-def _silence(process: Holder) -> str:
-    """Why a process is not heard of, as far as the kernel of this machine knows."""
-    if process.machine != Holder.here().machine:
-        return _UNKNOWN
-    return _STATES.get(_state(process), "sends no sign of life, though its process runs")
-
-
-def _state(process: Holder) -> str:
-    """The kernel's letter for the state of a process on this machine; "" when it is gone."""
-    try:
-        state, *fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return state if fields[18] == process.start_ticks else ""
+    return Beat(rank, process, 0, (0, 0), "start", 0.0, False, "", False, ())
 
 
 def _is_broken_collective(error: BaseException) -> bool:

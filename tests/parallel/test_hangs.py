@@ -18,7 +18,7 @@ def peers(changes: dict[int, dict[str, Any]], **common: Any) -> list[Peer]:
         words = {"position": (5, 3), "still_s": 12.0, "waiting": True, **common, **changes.get(rank, {})}
         silence = words.pop("silence", "")
         process = Holder("node", "machine", 100 + rank, "1", "none")
-        beat = {"number": 9, "phase": "forward", "ended": "", "failed": False, "unix_s": 0.0, "stack": ()}
+        beat = {"number": 9, "phase": "forward", "ended": "", "failed": False, "stack": ()}
         found.append(Peer(Beat(rank, process, **{**beat, **words}), silence))
     return found
 
@@ -59,6 +59,11 @@ def test_of_those_at_work_the_furthest_behind() -> None:
 
 def test_who_left_in_peace_is_waited_for() -> None:
     assert blamed({1: {"ended": "finished"}}) == [1]
+
+
+def test_who_does_not_come_to_an_end() -> None:
+    done = {rank: {"ended": "finished"} for rank in range(RANKS) if rank != 3}
+    assert blamed({**done, 3: {"waiting": False}}) == [3]
 
 
 def test_if_all_wait_the_furthest_behind() -> None:

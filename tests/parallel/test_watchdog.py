@@ -6,11 +6,14 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,25 @@ def long_phase(watchdog: Watchdog, rank: int) -> None:
     steps(watchdog, 3)
 
 
+def late(watchdog: Watchdog, rank: int) -> None:
+    """Rank 0, which serves the store, is done long before rank 1 hangs."""
+    steps(watchdog, 3)
+    if rank == 1:
+        watchdog.progress("the end")
+        time.sleep(TIMEOUT_S / 2)
+        watchdog.progress("the very end")
+        oversleep()
+
+
+def suspended(watchdog: Watchdog, rank: int) -> None:
+    steps(watchdog, 3)
+    for second in range(6):
+        watchdog.progress(f"second {second}")
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(1)
+    steps(watchdog, 3)
+
+
 def rank_main(launch: Launch, body: Body, folder: Path) -> None:
     with open(folder / f"stderr-{launch.rank}", "w") as file:
         os.dup2(file.fileno(), 2)
@@ -136,26 +158,39 @@ def rank_main(launch: Launch, body: Body, folder: Path) -> None:
         os._exit(error.exit_code)
 
 
+@contextlib.contextmanager
+def started(launches: list[Launch], body: Body, folder: Path) -> Iterator[list[ForkServerProcess]]:
+    processes = [PROCESSES.Process(target=rank_main, args=(launch, body, folder)) for launch in launches]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def run_all(
     body: Body, folder: Path, ranks: int = 3, port: int | None = None, attempt: int | None = None
 ) -> tuple[list[int | None], list[str]]:
     """Exit codes and stderr of all ranks; None is a rank that did not end."""
     port = port or free_port()
     launches = [Launch("torchrun", rank, ranks, rank, "127.0.0.1", port, attempt) for rank in range(ranks)]
-    processes = [PROCESSES.Process(target=rank_main, args=(launch, body, folder)) for launch in launches]
+    with started(launches, body, folder) as processes:
+        codes = wait(processes)
+    return codes, [stderr(folder, rank) for rank in range(ranks)]
+
+
+def wait(processes: list[ForkServerProcess]) -> list[int | None]:
+    deadline_s = time.monotonic() + 100
     for process in processes:
-        process.start()
-    try:
-        deadline_s = time.monotonic() + 100
-        for process in processes:
-            process.join(max(0.0, deadline_s - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid or 0, signal.SIGCONT)
-            process.kill()
-    return codes, [(folder / f"stderr-{rank}").read_text() for rank in range(ranks)]
+        process.join(max(0.0, deadline_s - time.monotonic()))
+    return [process.exitcode for process in processes]
+
+
+def stderr(folder: Path, rank: int) -> str:
+    path = folder / f"stderr-{rank}"
+    return path.read_text() if path.exists() else ""
 
 
 @pytest.mark.parametrize(
@@ -180,6 +215,8 @@ def test_the_culprit_is_named(
         lines = [line for line in errors[rank].splitlines() if "pid" in line and reason in line]
         assert lines, errors[rank]
         assert f"rank {culprit} (host " in lines[-1]
+        if waited := re.search(r"others waited (\d+) s", lines[-1]):
+            assert TIMEOUT_S - 1 <= int(waited[1]) <= 3 * TIMEOUT_S
         assert not any(f"rank {other} (host" in lines[-1] for other in others)
         assert "Traceback" not in errors[rank]
         assert place in (tmp_path / "hangs" / f"rank-{rank}.txt").read_text()
@@ -187,12 +224,23 @@ def test_the_culprit_is_named(
     assert len(stacks) == 1, errors  # one rank prints them
 
 
-@pytest.mark.parametrize("body", [slow, long_phase])
-def test_a_slow_run_goes_on(tmp_path: Path, body: Body) -> None:
+@pytest.mark.parametrize(
+    ("body", "reason"), [(slow, "rank 1 makes progress"), (long_phase, "no rank waits for another")]
+)
+def test_a_slow_run_goes_on(tmp_path: Path, body: Body, reason: str) -> None:
     codes, errors = run_all(body, tmp_path)
     assert codes == [0, 0, 0], errors
     assert not (tmp_path / "hangs").exists()
-    assert "no rank hangs" in errors[0]
+    assert f"going on, as {reason}" in errors[0]
+
+
+def test_a_rank_that_does_not_come_to_an_end(tmp_path: Path) -> None:
+    codes, errors = run_all(late, tmp_path)
+    assert codes == [HUNG, HUNG, 0], errors
+    for rank in (0, 1):
+        assert "rank 1 (host" in errors[rank]
+        assert 'in "the very end"' in errors[rank]
+    assert "oversleep" in errors[0]
 
 
 def test_a_stopped_first_rank_under_torchruns_agent(tmp_path: Path) -> None:
@@ -202,3 +250,28 @@ def test_a_stopped_first_rank_under_torchruns_agent(tmp_path: Path) -> None:
     assert codes == [-signal.SIGKILL, HUNG], errors
     assert "rank 0 (host " in errors[1]
     assert "is stopped by a signal" in errors[1]
+
+
+def test_a_run_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    port = free_port()
+    launches = [Launch("srun", rank, 2, rank, "127.0.0.1", port) for rank in range(2)]
+    with started(launches, suspended, tmp_path) as processes:
+        while not all("ready" in stderr(tmp_path, rank) for rank in range(2)):
+            time.sleep(0.1)
+            assert all(process.is_alive() for process in processes)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in processes:
+                os.kill(process.pid or 0, number)
+            time.sleep(2.5 * TIMEOUT_S if number == signal.SIGSTOP else 0)
+        codes = wait(processes)
+    assert codes == [0, 0], [stderr(tmp_path, rank) for rank in range(2)]
+
+
+def test_a_run_of_one_process_is_left_alone(tmp_path: Path) -> None:
+    launch = Launch("single", 0, 1, 0, "127.0.0.1", free_port())
+    threads = threading.active_count()
+    store = join(launch, 10)
+    with Watchdog(launch, store, 0.1, tmp_path / "hangs") as watchdog:
+        watchdog.progress("alone")
+        assert threading.active_count() == threads
+        assert watchdog.explain(RuntimeError("gloo: Connection closed by peer")) is None
