@@ -15,6 +15,10 @@ from torch import nn
 from pgm_scale.config import RunConfig
 from pgm_scale.parallel.mesh import Mesh
 
+# Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU (its `zero.Init`
+# does so too): it needs a C++ compiler and takes a minute; gloo does the same work.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's settings for a run on a mesh."""
@@ -51,9 +55,6 @@ def initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
 ) -> Any:
     """DeepSpeed's engine over a model that is on its device."""
-    # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU:
-    # it needs a C++ compiler and takes a minute; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.groups.mpu = None  # an engine of another layout may have left its own here
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables
