@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_sample(commands)
+    _add_plan(commands)
     _add_config(commands)
     _add_doctor(commands)
     return parser
@@ -199,6 +200,46 @@ def _sample(options: argparse.Namespace) -> None:
 def _add_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("ema", "weight"), default="ema", help="averaged or raw weights (default ema)"
+    )
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="find the parallel layout for a cluster, without GPUs",
+        description="Predict memory, traffic and speed of every layout of a configuration's model and global batch "
+        "on a number of GPUs, and print those that fit, fastest first, with the YAML to paste. Each printed one is "
+        "built, on tensors without memory. Exit code 2 if nothing fits.",
+    )
+    _add_config_arguments(parser)
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE.yaml",
+        default="configs/clusters/h100-8x.yaml",
+        help="hardware and assumptions (default %(default)s)",
+    )
+    parser.add_argument("--gpus", type=_positive, help="how many (default: one node)")
+    parser.add_argument("--length", type=_positive, help="tokens of a sequence (default: the data's)")
+    parser.add_argument("--vocab-size", type=_positive, help="tokens of the vocabulary (default: the data's)")
+    parser.add_argument("--top", type=_positive, default=5, help="print so many (default 5)")
+    parser.add_argument("--json", metavar="FILE", help="also write them as JSON")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pgm_scale.planning.run import PlanRequest, plan
+
+    plan(
+        PlanRequest(
+            config_path=options.config,
+            overrides=options.overrides,
+            cluster_path=options.cluster,
+            gpus=options.gpus,
+            length=options.length,
+            vocab_size=options.vocab_size,
+            top=options.top,
+            json_path=options.json,
+        )
     )
 
 
