@@ -223,6 +223,9 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--vocab-size", type=_positive, help="tokens of the vocabulary (default: the data's)")
     parser.add_argument("--top", type=_positive, default=5, help="print so many (default 5)")
     parser.add_argument("--json", metavar="FILE", help="also write them as JSON")
+    parser.add_argument(
+        "--measure", action="store_true", help="time the model's units on this machine's GPU first"
+    )
     parser.set_defaults(run=_plan)
 
 
@@ -239,6 +242,7 @@ def _plan(options: argparse.Namespace) -> None:
             vocab_size=options.vocab_size,
             top=options.top,
             json_path=options.json,
+            measures=options.measure,
         )
     )
 

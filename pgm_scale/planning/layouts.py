@@ -9,7 +9,14 @@ from math import gcd
 
 import torch
 
-from pgm_scale.config import DiffusionTransformerConfig, ModelConfig, RunConfig
+from pgm_scale.config import (
+    AutoregressiveObjectiveConfig,
+    ComplementaryMDLMObjectiveConfig,
+    D3PMObjectiveConfig,
+    DiffusionTransformerConfig,
+    ModelConfig,
+    RunConfig,
+)
 from pgm_scale.models.stages import unit_kinds
 
 
@@ -33,13 +40,16 @@ class Workload:
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int, length: int) -> Workload:
         """`length` is that of the data's rows."""
-        kind = config.objective.kind
-        doubles = kind == "complementary_mdlm" or (kind == "d3pm" and not config.objective.substitution)
+        objective = config.objective
+        # A mask and its complement; or what the noise has left and what it has not touched.
+        doubles = isinstance(objective, ComplementaryMDLMObjectiveConfig) or (
+            isinstance(objective, D3PMObjectiveConfig) and not objective.substitution
+        )
         return cls(
             config.model,
             vocab_size,
-            length - (kind == "autoregressive"),  # a token is the next one's input
-            2 if doubles else 1,  # a mask and its complement, or two times
+            length - isinstance(objective, AutoregressiveObjectiveConfig),  # a token is the next one's input
+            2 if doubles else 1,
             config.training.global_batch_sequences,
             config.training.precision,
             config.training.ema_decay > 0,
@@ -51,8 +61,8 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of the global batch, counted as the model sees them."""
-        return self.global_batch_sequences * self.rows_per_sequence * self.length
+        """Of the global batch, each counted once."""
+        return self.global_batch_sequences * self.length
 
 
 @dataclass(frozen=True)

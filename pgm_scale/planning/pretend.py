@@ -6,7 +6,9 @@ computes shapes only. So the model's and Megatron's own code runs as on a cluste
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,14 +36,9 @@ def pretended_rank(parallel: ParallelConfig, world_size: int, rank: int = 0) -> 
         with _as_on_a_gpu():
             yield Mesh(rank, world_size, rank, META).arranged(parallel)
     finally:
-        _forget_groups()
+        if "megatron.core.parallel_state" in sys.modules:
+            sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def _forget_groups() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
 
 
 @contextmanager
@@ -50,9 +47,10 @@ def _as_on_a_gpu() -> Iterator[None]:
 
     On the meta device torch composes dropout and attention of small operations, which keep other tensors.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # misses CUDA's runtime
     with (
-        mock.patch("torch.cuda.current_device", lambda: META),
-        mock.patch("torch.is_autocast_enabled", lambda *_: False),  # refuses the name of the meta device
+        mock.patch("torch.cuda.current_device", return_value=META),
+        mock.patch("torch.is_autocast_enabled", return_value=False),  # refuses the name of the meta device
         mock.patch.object(PositionTable, "fill", _fill_nothing),
         mock.patch("torch.nn.functional.dropout", _dropout),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash_attention),
@@ -68,9 +66,7 @@ def _fill_nothing(table: PositionTable, device: torch.device) -> None:
         table.register_buffer(name, torch.empty(table.length, table.size // 2, device=META), persistent=False)
 
 
-def _dropout(
-    x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 

@@ -47,15 +47,11 @@ class StepTime:
         return self.passes_s + self.reduction_s + self.update_s
 
 
-def step_time(
-    workload: Workload, layout: Layout, stages: Sequence[Stage], hardware: Hardware
-) -> StepTime:
+def step_time(workload: Workload, layout: Layout, stages: Sequence[Stage], hardware: Hardware) -> StepTime:
     """1F1B: the first micro-batch passes every stage, the others follow at the pace of the slowest."""
     traffic = [messages(workload, layout, stage, hardware) for stage in stages]
     passes = layout.micro_batches
-    during_s = [
-        sum(m.seconds for m in sent if not m.name.startswith("data")) / passes for sent in traffic
-    ]
+    during_s = [sum(m.seconds for m in sent if not m.name.startswith("data")) / passes for sent in traffic]
     data_s = [sum(m.seconds for m in sent if m.name.startswith("data")) for sent in traffic]
     times = [
         _micro_batch_s(workload, stage, waiting_s, hardware)
@@ -102,4 +98,4 @@ def _memory_rate(hardware: Hardware) -> float:
 def model_flops(workload: Workload) -> float:
     """Of one step, recomputation not counted: what model FLOPs utilisation means by useful."""
     each = forward_flops_per_token(workload.model, workload.vocab_size, workload.length)
-    return (1 + BACKWARD_PER_FORWARD) * each * workload.tokens
+    return (1 + BACKWARD_PER_FORWARD) * each * workload.tokens * workload.rows_per_sequence

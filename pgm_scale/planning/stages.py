@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pgm_scale.models.stages import Span, spans, unit_kinds
@@ -60,8 +61,17 @@ class Stage:
 class StageCosts:
     """Makes the stages of all layouts whose units cost the same."""
 
-    def __init__(self, workload: Workload, sharing: Sharing, hardware: Hardware, costs: UnitCosts) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        sharing: Sharing,
+        hardware: Hardware,
+        costs: UnitCosts,
+        slowdown: Mapping[str, float],
+    ) -> None:
+        """`slowdown` is by what the kernels of a kind of unit were measured to be slower; 1 if it is not in it."""
         self.workload, self.sharing, self.hardware, self.costs = workload, sharing, hardware, costs
+        self.slowdown = slowdown
         self.kinds = unit_kinds(workload.model)
         self._splits: dict[int, tuple[int, ...]] = {}
         self._loads: dict[tuple[str, int], tuple[Load, float]] = {}
@@ -77,7 +87,7 @@ class StageCosts:
     def split(self, stages: int) -> tuple[int, ...]:
         """Units of each stage, by the time that they take on a rank with a micro-batch of a few sequences."""
         if stages not in self._splits:
-            loads = {kind: self._load(kind, _SPLIT_ROWS)[0] for kind in set(self.kinds)}
+            loads = {kind: self.unit(kind, _SPLIT_ROWS)[0] for kind in set(self.kinds)}
             seconds = {kind: load.forward_s + load.backward_s for kind, load in loads.items()}
             self._splits[stages] = split_units([seconds[kind] for kind in self.kinds], stages)
         return self._splits[stages]
@@ -86,6 +96,8 @@ class StageCosts:
         kinds = self.kinds[span.first : span.last]
         load, work_bytes = self._sum(kinds, rows)
         received, sent = self._stream_bytes(span.first, rows), self._stream_bytes(span.last, rows)
+        one_stream = self._one_stream_bytes(rows)
+        second_gradients = max(0.0, received - one_stream) + max(0.0, sent - one_stream)
         own = sum((self.costs.parameters[kind] for kind in kinds), ())
         return Stage(
             kinds,
@@ -93,8 +105,8 @@ class StageCosts:
             load,
             received,
             sent,
-            held_bytes=received + load.held_bytes - (self._one_stream_bytes(rows) if sent else 0),
-            work_bytes=work_bytes,
+            held_bytes=received + load.held_bytes - (one_stream if sent else 0),
+            work_bytes=work_bytes + second_gradients,
             in_flight=in_flight,
         )
 
@@ -114,30 +126,31 @@ class StageCosts:
         The backward pass frees the later units first, so an early unit's work meets less than what is held.
         """
         if (kinds, rows) not in self._sums:
-            once = self._of(self.costs.once.at(rows), 0.0)
+            once = self._of(self.costs.once.at(rows), 0.0, 1.0)
             total, peak_bytes = once, 0.0
             for kind in kinds:
-                load, extra_bytes = self._load(kind, rows)
+                load, extra_bytes = self.unit(kind, rows)
                 total = total + load
                 peak_bytes = max(peak_bytes, total.held_bytes + extra_bytes)
             self._sums[kinds, rows] = (total, peak_bytes - total.held_bytes)
         return self._sums[kinds, rows]
 
-    def _load(self, kind: str, rows: int) -> tuple[Load, float]:
+    def unit(self, kind: str, rows: int) -> tuple[Load, float]:
         """Of one unit: its load, and its passes' extra bytes."""
         if (kind, rows) not in self._loads:
             footprint = self.costs.by_kind[kind].at(rows)
             keys = keys_per_query(self.workload.model, kind, self.workload.length)
-            self._loads[kind, rows] = (self._of(footprint, keys), footprint.extra_bytes)
+            load = self._of(footprint, keys, self.slowdown.get(kind, 1.0))
+            self._loads[kind, rows] = (load, footprint.extra_bytes)
         return self._loads[kind, rows]
 
-    def _of(self, footprint: Footprint, keys: float) -> Load:
+    def _of(self, footprint: Footprint, keys: float, slowdown: float) -> Load:
         forward, backward = footprint.forward, footprint.backward
         rate = self.hardware.peak(self.workload.precision) * self.hardware.attention_fraction
         return Load(
             held_bytes=footprint.held_bytes,
-            forward_s=forward.kernel_s + forward.attention_flops_per_key * keys / rate,
-            backward_s=backward.kernel_s + backward.attention_flops_per_key * keys / rate,
+            forward_s=(forward.kernel_s + forward.attention_flops_per_key * keys / rate) * slowdown,
+            backward_s=(backward.kernel_s + backward.attention_flops_per_key * keys / rate) * slowdown,
             forward_kernels=forward.kernels,
             backward_kernels=backward.kernels,
             reduced_bytes=forward.reduced_bytes + backward.reduced_bytes,
