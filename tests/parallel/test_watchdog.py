@@ -128,11 +128,12 @@ def late(watchdog: Watchdog, rank: int) -> None:
 
 
 def suspended(watchdog: Watchdog, rank: int) -> None:
+    """Rank 0 is at work, and the others wait for it, when all are stopped."""
     steps(watchdog, 3)
-    for second in range(6):
-        watchdog.progress(f"second {second}")
-        print("ready", file=sys.stderr, flush=True)
-        time.sleep(1)
+    print("ready", file=sys.stderr, flush=True)
+    if rank == 0:
+        for _ in range(35):
+            time.sleep(0.1)  # one long sleep would be over when the process goes on
     steps(watchdog, 3)
 
 
@@ -259,6 +260,7 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
         while not all("ready" in stderr(tmp_path, rank) for rank in range(2)):
             time.sleep(0.1)
             assert all(process.is_alive() for process in processes)
+        time.sleep(1.8)  # rank 0 begins to listen to the others
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in processes:
                 os.kill(process.pid or 0, number)
