@@ -359,7 +359,8 @@ class Watchdog:
 
     def _warn(self, moving: list[int]) -> None:
         """Say once that this is a long wait for slow ranks, or a long phase."""
-        if not self._is_stuck() or self._launch.rank != 0 or self._warned is self._progress:
+        late = self._is_stuck(early_s=-self._silent_s)  # a verdict is not on its way
+        if not late or self._launch.rank != 0 or self._warned is self._progress:
             return
         self._warned = self._progress
         reason = "no rank waits for another"

@@ -104,7 +104,7 @@ def fails(watchdog: Watchdog, rank: int) -> None:
 def slow(watchdog: Watchdog, rank: int) -> None:
     steps(watchdog, 3)
     if rank == 1:
-        for part in range(8):
+        for part in range(10):
             watchdog.progress(f"part {part}")
             time.sleep(TIMEOUT_S / 4)
     steps(watchdog, 3)
