@@ -19,6 +19,8 @@ on; 130 interrupted"""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a `UserError` becomes its one message on stderr and its exit code."""
     options = build_parser().parse_args(arguments)
+    # Before torch is imported: it would print the C++ frames of every broken connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         options.run(options)

@@ -192,7 +192,6 @@ def connected(
             # It does not know a slow rank from a hung one: the watchdog comes first.
             timeout=timedelta(seconds=_PATIENCE * timeout_s),
         )
-        try:
-            yield Mesh(launch.rank, launch.world_size, launch.local_rank, device, progress=watchdog.progress)
-        finally:
-            dist.destroy_process_group()
+        yield Mesh(launch.rank, launch.world_size, launch.local_rank, device, progress=watchdog.progress)
+        # Not after an error: with NCCL it may wait for the others and hide the error.
+        dist.destroy_process_group()

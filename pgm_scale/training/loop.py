@@ -270,11 +270,15 @@ class TrainingRun:
 
     def _validate(self, step: int) -> dict[str, Any]:
         config, mesh = self.config, self.mesh
-        mesh.progress(f"validation after step {step}")
         weights = self.ema.values if self.ema is not None else None
         with self.engine.evaluation(weights) as model:
+
+            def watched_model(*arguments: Any, **options: Any) -> Any:
+                mesh.progress(f"validation after step {step}")
+                return model(*arguments, **options)
+
             perplexity = validate(
-                model,
+                watched_model,
                 self.objective,
                 self.validation_loader,
                 sequences=config.validation.sequences,
