@@ -40,7 +40,9 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         # Torch's fused AdamW does the same and needs no compiler.
         settings["zero_force_ds_cpu_optimizer"] = False
     if training.precision == "bf16" and parallel.zero_stage > 0:
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # A pipeline's backward passes are not DeepSpeed's: ZeRO-1 has to add to its fp32 sums in hooks.
+        in_hooks = mesh.stages > 1
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": in_hooks}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"  # twice the bytes; bf16 would round the sums
     return settings

@@ -28,7 +28,13 @@ from pgm_scale.parallel.host_device import megatron_device
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import build_adamw
-from pgm_scale.parallel.state import ParameterState, find_state, is_first_copy, refresh_weights
+from pgm_scale.parallel.state import (
+    ParameterState,
+    find_state,
+    is_first_copy,
+    refresh_weights,
+    summed_gradient,
+)
 
 
 class Engine:
@@ -148,13 +154,7 @@ class Engine:
         """The parameters that every stage has get the sum of what the stages have computed for them."""
         for name, parameter in self.module.named_parameters():
             if is_shared(name):
-                gradient = zero.get_gradient_for_reduction(parameter)
-                if gradient is None:  # no unit of this stage reads it
-                    parameter.grad = torch.zeros_like(parameter)
-                    if zero.use_grad_accum_attribute:
-                        zero._fill_param_grad_accum_attribute(parameter)
-                    gradient = zero.get_gradient_for_reduction(parameter)
-                dist.all_reduce(gradient, group=self._groups.pipeline)
+                dist.all_reduce(summed_gradient(zero, parameter), group=self._groups.pipeline)
 
     def step(self, learning_rate: float) -> bool:
         """Clip and update, after `forward_backward`. False: the gradient was not finite.

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps a rank's fp32 weights and Adam moments, as flat views into them.
+"""Where DeepSpeed keeps a rank's fp32 weights and Adam moments, as flat views into them, and gradients.
 
 "Flat" is the rank's own tensor, flattened: under tensor parallelism a slice of the whole one (`tensor_slices`).
 
@@ -135,6 +135,24 @@ def _sharded(
     count = min(share, parameter.ds_numel - start)  # the last shares are padded
     partition = zero_optimizer.fp32_partitioned_groups_flat[group]
     return _Place(start, count, offset, partition.data, _moments(optimizer, partition))
+
+
+def summed_gradient(zero_optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """ZeRO-1: the sum of a parameter's gradients over the micro-batches, before it is reduced over the ranks.
+
+    A parameter that had none counts from now on with zeros.
+    """
+    if hasattr(zero_optimizer, "fp32_groups_has_gradients"):  # the bf16 optimizer, with one buffer for all
+        [index] = [i for i, other in enumerate(zero_optimizer.bf16_groups[0]) if other is parameter]
+        zero_optimizer.fp32_groups_has_gradients[0][index] = True
+        return zero_optimizer.fp32_groups_gradients[0][index]
+    gradient = zero_optimizer.get_gradient_for_reduction(parameter)
+    if gradient is None:
+        parameter.grad = torch.zeros_like(parameter)
+        if zero_optimizer.use_grad_accum_attribute:
+            zero_optimizer._fill_param_grad_accum_attribute(parameter)
+        gradient = zero_optimizer.get_gradient_for_reduction(parameter)
+    return gradient
 
 
 def refresh_weights(engine: Any, state: list[ParameterState], zero_stage: int, mesh: Mesh) -> None:
