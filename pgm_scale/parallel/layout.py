@@ -129,5 +129,5 @@ def describe_layout(config: RunConfig, world_size: int, vocab_size: int, stage_u
         line += f"; stages of {', '.join(map(str, stage_units))} units"
     padding = -vocab_size % parallel.tensor
     if padding:
-        line += f"; the vocabulary of {vocab_size} is padded by {padding} row(s) at its end, on the last tensor rank(s)"
+        line += f"; the vocabulary of {vocab_size} is padded by {padding} row(s) at its end"
     return line

@@ -192,7 +192,7 @@ def test_the_layout_is_told_in_a_line_with_its_padding() -> None:
     line = describe_layout(_config(tensor=4, pipeline=2, sequence_parallel=True), 16, 50258, (3, 4))
     assert line == (
         "layout: tensor 4 x pipeline 2 x data 2, ZeRO-1, sequence-parallel; stages of 3, 4 units; "
-        "the vocabulary of 50258 is padded by 2 row(s) at its end, on the last tensor rank(s)"
+        "the vocabulary of 50258 is padded by 2 row(s) at its end"
     )
     assert (
         describe_layout(_config(tensor=2), 2, 50258, ()) == "layout: tensor 2 x pipeline 1 x data 1, ZeRO-1"
