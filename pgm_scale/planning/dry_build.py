@@ -23,13 +23,14 @@ from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.unit_costs import ExampleBatch, backward, stage_forward
 from pgm_scale.planning.cluster import Hardware
 from pgm_scale.planning.layouts import Layout, Workload
+from pgm_scale.planning.memory import rank_memory
 from pgm_scale.planning.pretend import META, pretended_rank
 from pgm_scale.planning.stages import Stage
 from pgm_scale.planning.trace import Footprint, trace_passes
 from pgm_scale.tensor_slices import TensorSlice
 
-# How far the sum over units may be from a trace of their stage.
-MEMORY_TOLERANCE = 0.05
+# How far the sum over units may be from a trace of their stage, as a share of all that the rank holds.
+MEMORY_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class DryBuild:
     Attributes:
         parts: distinct (tensor rank, stage) pairs.
         parameters: elements of the whole model, each counted once.
-        largest_memory_error: of a stage's activations and work, predicted against traced; a share.
+        largest_memory_error: how far a stage's traced activations are from the predicted ones, as a share of
+            all that its ranks hold.
         problems: what was wrong, one line each; empty if the layout is proved.
     """
 
@@ -155,10 +157,10 @@ class _Builder:
             if number and sent != expected:
                 yield f"stage {number}: is sent {sent}, expects {expected}"
             sent = shape
-            error = _memory_error(stage, footprint)
+            error = _memory_error(stage, footprint) / rank_memory(self.workload, self.layout, stage).total
             errors.append(error)
             if error > MEMORY_TOLERANCE:
-                yield f"stage {number}: activations predicted {error:.1%} beside a trace of the stage"
+                yield f"stage {number}: activations are {error:.1%} of its memory off the predicted ones"
 
     def _passes(
         self, span: Span, batch: ExampleBatch, hardware: Hardware
@@ -179,6 +181,7 @@ class _Builder:
 
 
 def _memory_error(stage: Stage, traced: Footprint) -> float:
-    """Of the sum over units, for one micro-batch. What is sent is freed; what is received was there before."""
-    alive = traced.held_bytes + traced.extra_bytes - stage.sent_bytes + stage.received_bytes
-    return abs(stage.held_bytes + stage.work_bytes - alive) / alive
+    """Bytes, for all micro-batches in flight. What is sent is freed; what is received was there before."""
+    held = traced.held_bytes - stage.sent_bytes + stage.received_bytes
+    predicted = stage.held_bytes * stage.in_flight + stage.work_bytes
+    return abs(predicted - held * stage.in_flight - traced.extra_bytes)

@@ -52,7 +52,7 @@ def rank_memory(workload: Workload, layout: Layout, stage: Stage) -> RankMemory:
     Activations are at their peak while the first micro-batch that is still in flight goes backward. Reductions
     of gradients meet that peak only where the gradients overflow a bucket: otherwise they follow the pass.
     """
-    states = _states(stage.parameters, layout.data, layout.zero_stage, workload)
+    states = _states(stage.parameters, layout, workload)
     standing, reduction = _buffers(stage.parameters, layout.data, layout.zero_stage, workload)
     held, work = stage.held_bytes * stage.in_flight, stage.work_bytes
     if sum(stage.parameters) <= BUCKET:
@@ -61,12 +61,13 @@ def rank_memory(workload: Workload, layout: Layout, stage: Stage) -> RankMemory:
 
 
 def _states(
-    parameters: Sequence[int], ranks: int, zero_stage: int, workload: Workload
+    parameters: Sequence[int], layout: Layout, workload: Workload
 ) -> tuple[float, float, float, float, float]:
     """Weights, gradients, master weights, moments and EMA.
 
     ZeRO-1 and 2 lay the parameters end to end and pad to 2 elements a rank; ZeRO-3 splits each on its own.
     """
+    ranks, zero_stage = layout.data, layout.zero_stage
     elements, weight_bytes = sum(parameters), workload.dtype.itemsize
     flat = ceil(elements / (2 * ranks)) * 2 * ranks
     share = sum(ceil(n / ranks) for n in parameters) if zero_stage == 3 else flat / ranks
@@ -79,8 +80,10 @@ def _states(
         gradients = FP32 * share
     else:
         weights = weight_bytes * flat
-        # In bf16, ZeRO-1 keeps each micro-batch's gradients beside their fp32 sums.
-        whole = FP32 * flat + (BF16 * elements if weight_bytes == BF16 else 0)
+        # In bf16, ZeRO-1 keeps each micro-batch's gradients beside their fp32 sums; under a pipeline it adds every
+        # gradient at once.
+        kept = weight_bytes == BF16 and layout.pipeline == 1
+        whole = FP32 * flat + (BF16 * elements if kept else 0)
         gradients = FP32 * share if zero_stage == 2 else whole
     return weights, gradients, FP32 * share, 2 * FP32 * share, ema
 

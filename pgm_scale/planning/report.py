@@ -180,5 +180,5 @@ def _proof(built: Sequence[DryBuild]) -> str:
     error = max(proof.largest_memory_error for proof in built)
     return (
         f"Built without memory: {parts} parts of {len(built)} layouts hold every parameter once and run in turn; "
-        f"their traced activations differ from the prediction by at most {error:.1%}."
+        f"their traced activations are at most {error:.1%} of a rank's memory off the predicted ones."
     )
