@@ -18,7 +18,7 @@ on; 130 interrupted"""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a `UserError` becomes its one message on stderr and its exit code."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     # Before torch is imported: it would print the C++ frames of every broken connection.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -38,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse, but overrides may also stand behind options, where it does not look for them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+        return parser.parse_args(arguments)  # which says what is wrong
+    options.overrides += rest
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:
