@@ -192,7 +192,7 @@ class TrainingConfig:
     global_batch_sequences: int = 512
     micro_batch_sequences: int = 32  # per data-parallel rank and forward pass
     precision: Literal["fp32", "bf16"] = "bf16"
-    recompute_blocks: bool = False  # keep only the blocks' inputs and compute the rest again: a third more work
+    recompute_blocks: bool = False  # keep only the blocks' inputs, and compute a third more
     seed: int = 1
     ema_decay: float = 0.9999
     log_interval_steps: int = 10

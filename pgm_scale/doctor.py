@@ -103,7 +103,7 @@ def _rank_map(launch: Launch, parallel: ParallelConfig, problems: list[str]) -> 
     """One line a rank with its place in the layout; alone, no process group is made."""
     if launch.source == "single":
         return ["single process (torchrun or srun would be seen here)"]
-    with connected(launch) as connection:
+    with connected(launch, parallel.timeout_s) as connection:
         mesh = connection.arranged(parallel)
         place = f"tensor {mesh.tensor_rank}, data {mesh.data_rank}, stage {mesh.stage}"
         lines = mesh.gather(

@@ -17,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,18 +122,22 @@ class RunFolder:
             )
         return configuration.load(self.config_path)
 
-    def unit_costs(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Those that were measured before in this run, or else now."""
+    def unit_costs(self, kinds: Iterable[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Seconds of each kind of unit: those that were measured before in this run, or else now."""
         try:
-            return json.loads(self.unit_costs_path.read_bytes())
+            costs = json.loads(self.unit_costs_path.read_bytes())
+            seconds = [float(costs[kind]) for kind in kinds]
+            if not all(0 <= cost < math.inf for cost in seconds):  # so written, NaN fails
+                raise ValueError(f"costs of {seconds}")
         except FileNotFoundError:
             costs = measure()
             atomic_write_bytes(self.unit_costs_path, (json.dumps(costs, indent=2) + "\n").encode())
-            return costs
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"cannot read {self.unit_costs_path} ({error}); delete it to measure the costs again"
+                f"cannot use {self.unit_costs_path} ({type(error).__name__}: {error}); "
+                "delete it to measure the costs again"
             ) from None
+        return costs
 
     def identity(self) -> RunIdentity:
         try:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -84,7 +84,11 @@ class Piece:
     length: int
 
 
-def write_fragments(path: Path, fragments: Iterable[tuple[Kind, Fragment]]) -> FileEntry:
+def write_fragments(
+    path: Path,
+    fragments: Iterable[tuple[Kind, Fragment]],
+    progress: Callable[[str], None] = lambda _: None,
+) -> FileEntry:
     """Write one rank's fragments and wait until they are on the disk.
 
     The hash is taken from the bytes on their way out, which saves reading the file again; at load it tells
@@ -101,6 +105,7 @@ def write_fragments(path: Path, fragments: Iterable[tuple[Kind, Fragment]]) -> F
         for chunk in _chunks(owned):
             digest.update(chunk)
             size_bytes += file.write(chunk)
+            progress(f"writing {path.name}")
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(path.name, size_bytes, digest.hexdigest())

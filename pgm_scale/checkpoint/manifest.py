@@ -93,7 +93,13 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def find_problems(folder: Path, step: int, share: int = 0, shares: int = 1) -> list[Problem]:
+def find_problems(
+    folder: Path,
+    step: int,
+    share: int = 0,
+    shares: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Problem]:
     """Read and hash this share (every `shares`-th file) of a step's files and compare with the manifest.
 
     The manifest itself and the list of files are checked by every share. An unlisted rank file is a problem,
@@ -107,7 +113,7 @@ def find_problems(folder: Path, step: int, share: int = 0, shares: int = 1) -> l
         return [Problem(MANIFEST_NAME, f"belongs to step {manifest.step}")]
     strangers = sorted({path.name for path in folder.glob("rank_*")} - set(manifest.rank_files))
     problems = [Problem(name, "not in the manifest") for name in strangers]
-    return problems + _compare(folder, manifest.files[share::shares], _content_fault)
+    return problems + _compare(folder, manifest.files[share::shares], _content_fault, progress)
 
 
 def find_size_problems(folder: Path, entries: Sequence[FileEntry]) -> list[Problem]:
@@ -116,7 +122,10 @@ def find_size_problems(folder: Path, entries: Sequence[FileEntry]) -> list[Probl
 
 
 def _compare(
-    folder: Path, entries: Sequence[FileEntry], fault_of: Callable[[Path, FileEntry], str | None]
+    folder: Path,
+    entries: Sequence[FileEntry],
+    fault_of: Callable[[Path, FileEntry], str | None],
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Problem]:
     def compare(entry: FileEntry) -> Problem | None:
         try:
@@ -127,8 +136,13 @@ def _compare(
             fault = f"unreadable ({describe(error)})"
         return Problem(entry.name, fault) if fault else None
 
+    problems = []
     with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing releases the GIL
-        return [problem for problem in pool.map(compare, entries) if problem is not None]
+        for problem in pool.map(compare, entries):
+            progress(f"checking {folder.name}")
+            if problem is not None:
+                problems.append(problem)
+    return problems
 
 
 def _size_fault(path: Path, entry: FileEntry) -> str | None:

@@ -16,13 +16,23 @@ def _gather_alone(value: Any) -> list[Any]:
     return [value]
 
 
+def _unwatched(what: str) -> None:
+    """Progress of a process that nobody watches."""
+
+
 @dataclass(frozen=True)
 class Peers:
-    """`all_gather` takes a picklable object and returns those of all ranks, in rank order (a barrier too)."""
+    """Ranks that act together.
+
+    Attributes:
+        all_gather: takes a picklable object and returns those of all ranks, in rank order (a barrier too).
+        progress: told what this rank is at, all along long work for which the others may wait.
+    """
 
     rank: int = 0
     world_size: int = 1
     all_gather: Callable[[Any], list[Any]] = _gather_alone
+    progress: Callable[[str], None] = _unwatched
 
     def each(self, action: Callable[[], Result]) -> list[Result]:
         """Run `action` on every rank and return all results; no rank goes on if one of them failed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,9 @@ def check_names(index: Index, wanted: Wanted) -> None:
     )
 
 
-def assemble(index: Index, wanted: Wanted) -> dict[TensorKey, list[torch.Tensor]]:
+def assemble(
+    index: Index, wanted: Wanted, progress: Callable[[str], None] = lambda _: None
+) -> dict[TensorKey, list[torch.Tensor]]:
     """Fill every wanted range from the stored pieces, whatever shards they are of.
 
     A file is opened once and mapped, so only the parts that are needed are read; the memory in use is what is
@@ -132,6 +134,7 @@ def assemble(index: Index, wanted: Wanted) -> dict[TensorKey, list[torch.Tensor]
     for path, parts in copies.items():
         with safe_open(path, framework="pt") as file:
             for copy in parts:
+                progress(f"reading {path.name}")
                 copy.target.copy_(copy.region.cut(file.get_slice(copy.piece.key), copy.box))
     return values
 

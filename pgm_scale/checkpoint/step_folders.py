@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,15 @@ class StepFolders:
         self.saving(step).mkdir()
         return True
 
-    def write_rank(self, step: int, rank: int, fragments: Iterable[tuple[Kind, Fragment]]) -> FileEntry:
+    def write_rank(
+        self,
+        step: int,
+        rank: int,
+        fragments: Iterable[tuple[Kind, Fragment]],
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> FileEntry:
         """Write and sync one rank's own file; the hash is taken while writing. Raises: OSError."""
-        return write_fragments(self.saving(step) / rank_file_name(rank), fragments)
+        return write_fragments(self.saving(step) / rank_file_name(rank), fragments, progress)
 
     def commit(self, step: int, entries: Sequence[FileEntry], state: dict[str, Any]) -> None:
         """Rank 0, after all ranks have written: make the step durable and visible, in the order above.

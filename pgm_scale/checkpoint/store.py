@@ -52,7 +52,7 @@ class CheckpointStore:
         try:
             if not peers.first(lambda: folders.begin(step)):
                 return False
-            entries = peers.each(lambda: folders.write_rank(step, peers.rank, fragments))
+            entries = peers.each(lambda: folders.write_rank(step, peers.rank, fragments, peers.progress))
             peers.first(lambda: folders.commit(step, entries, state))
         except UserError as error:
             if peers.rank == 0:
@@ -150,7 +150,7 @@ class CheckpointStore:
         """
         index = self._index(step)
         check_names(index, wanted)
-        return assemble(index, wanted)
+        return assemble(index, wanted, self.peers.progress)
 
     def read_full(self, step: int, kind: Kind) -> dict[str, torch.Tensor]:
         """All whole tensors of one kind, for inference and export.
@@ -180,7 +180,7 @@ class CheckpointStore:
 
     def _problems(self, step: int) -> list[Problem]:
         folder, peers = self.folders.of(step), self.peers
-        found = peers.each(lambda: find_problems(folder, step, peers.rank, peers.world_size))
+        found = peers.each(lambda: find_problems(folder, step, peers.rank, peers.world_size, peers.progress))
         return list(dict.fromkeys(problem for share in found for problem in share))
 
     def _reject(self, step: int, problems: list[Problem], repair: bool) -> None:

@@ -37,17 +37,22 @@ def stage_span(config: ModelConfig, mesh: Mesh, stage_units: Sequence[int]) -> S
 
 
 def build_part(
-    config: ModelConfig, vocab_size: int, length: int, layers: LayerBuilder, span: Span, recompute: bool
+    config: ModelConfig, vocab_size: int, length: int, layers: LayerBuilder, span: Span, recomputes: bool
 ) -> nn.Module:
-    """The modules of a span, without memory; `recompute` keeps only the blocks' inputs for the backward pass."""
+    """The modules of a span, without memory, whose blocks are computed again in the backward pass or not."""
     with torch.device("meta"):
         model = build_model(config, vocab_size, length, layers, span)
     note_slices(model)
-    if recompute:
-        for module in model.modules():
-            if isinstance(module, (SelfAttentionBlock, CrossAttentionBlock)):
-                module.forward = _recomputed(module.forward)  # type: ignore[method-assign]
+    if recomputes:
+        recompute(model)
     return model
+
+
+def recompute(model: nn.Module) -> None:
+    """Keep only the blocks' inputs for the backward pass, which computes the rest again."""
+    for module in model.modules():
+        if isinstance(module, (SelfAttentionBlock, CrossAttentionBlock)):
+            module.forward = _recomputed(module.forward)  # type: ignore[method-assign]
 
 
 def materialize(

@@ -66,6 +66,16 @@ def initialize(
     return engine
 
 
+def parameter_partition(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Any:
+    """What takes parameters apart for ZeRO-3, one by one, before there is an engine."""
+    return deepspeed.zero.Init(
+        data_parallel_group=mesh.data_group,
+        config_dict_or_path=deepspeed_config(config, mesh),
+        dtype=dtype,
+        mpu=topology(mesh),
+    )
+
+
 class Topology:
     """The mesh by the interface that DeepSpeed calls `mpu`.
 

@@ -13,17 +13,17 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from pgm_scale.config import RunConfig
+from pgm_scale.errors import UserError
 from pgm_scale.models.initialization import is_split, note_slices, tensor_slice
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
 from pgm_scale.models.stages import is_shared
 from pgm_scale.parallel.construction import build_part, layer_builder, materialize, stage_span
-from pgm_scale.parallel.deepspeed_setup import deepspeed_config, initialize, topology
+from pgm_scale.parallel.deepspeed_setup import deepspeed_config, initialize, parameter_partition
 from pgm_scale.parallel.host_device import megatron_device
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
@@ -67,7 +67,8 @@ class Engine:
 
             sum_partial_gradients(model, self._groups.tensor)
         settings = deepspeed_config(config, mesh)
-        optimizer = build_adamw(model.parameters(), config.optimizer, mesh.device)
+        updates_on = torch.device("cpu") if config.parallel.offload_optimizer else mesh.device
+        optimizer = build_adamw(model.parameters(), config.optimizer, updates_on)
         self._engine = initialize(model, optimizer, settings, mesh)
         self._optimizer = optimizer
         self._stage = None
@@ -86,27 +87,19 @@ class Engine:
         """The engine of a run's model with its initial weights; `stage_units` are those of each stage."""
         layers = layer_builder(mesh, config.parallel)
         span = stage_span(config.model, mesh, stage_units)
-        recompute = config.training.recompute_blocks
-        model = build_part(config.model, vocab_size, length, layers, span, recompute)
+        recomputes = config.training.recompute_blocks
+        model = build_part(config.model, vocab_size, length, layers, span, recomputes)
         zero_stage = config.parallel.zero_stage
         casts = config.training.precision == "bf16" and zero_stage > 0
         dtype = torch.bfloat16 if casts else torch.float32
-        if zero_stage == 3:
-            partition = deepspeed.zero.Init(
-                data_parallel_group=mesh.data_group,
-                config_dict_or_path=deepspeed_config(config, mesh),
-                dtype=dtype,
-                mpu=topology(mesh),
-            )
-            materialize(
-                model,
-                config.training.seed,
-                mesh.device,
-                dtype,
-                lambda p: partition._convert_to_zero_parameters([p]),
-            )
-        else:
-            materialize(model, config.training.seed, mesh.device, dtype)
+        partition = parameter_partition(config, mesh, dtype) if zero_stage == 3 else None
+
+        def place(parameter: nn.Parameter) -> None:
+            mesh.progress("drawing the initial weights")
+            if partition is not None:
+                partition._convert_to_zero_parameters([parameter])
+
+        materialize(model, config.training.seed, mesh.device, dtype, place)
         return cls(model, config, mesh, layers)
 
     @property
@@ -192,13 +185,21 @@ class Engine:
         """The module in eval mode, with `weights` (one flat fp32 tensor beside each of `state`) if given.
 
         All ranks of a model copy call it together, and each gets the result. The training weights are back
-        afterwards, bit for bit.
+        afterwards, bit for bit, unless it ends in an error that other ranks may not have: bringing them back
+        takes all ranks.
         """
         kept = None
         if weights is not None:
             kept = [entry.weight.clone() for entry in self.state]
             self.load_weights(weights)
+
+        def restore() -> None:
+            self._engine.train()
+            if kept is not None:
+                self.load_weights(kept)
+
         self._engine.eval()
+        watched = self.module.register_forward_pre_hook(lambda *_: self.mesh.progress("evaluation"))
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
@@ -211,10 +212,13 @@ class Engine:
                 if self._stage is not None:
                     stack.enter_context(self._stage.called_whole())
                 yield self.module
+        except UserError:  # raised on all ranks or on none
+            restore()
+            raise
+        else:
+            restore()
         finally:
-            self._engine.train()
-            if kept is not None:
-                self.load_weights(kept)
+            watched.remove()
 
     def load_weights(self, weights: list[torch.Tensor]) -> None:
         """Copy flat values into this rank's fp32 weights and make the model compute with them."""

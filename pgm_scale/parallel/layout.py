@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pgm_scale.config import DiffusionTransformerConfig, RunConfig
+from pgm_scale.config import D3PMObjectiveConfig, DiffusionTransformerConfig, RunConfig
 from pgm_scale.models.stages import unit_kinds
 
 
@@ -106,7 +106,11 @@ def length_problems(config: RunConfig, length_tokens: int) -> list[str]:
     if not parallel.sequence_parallel:
         return []
     length = length_tokens - (config.objective.kind == "autoregressive")  # the last one is only a target
-    copies = 2 if config.objective.kind == "complementary_mdlm" else 1
+    objective = config.objective
+    feeds_two = objective.kind == "complementary_mdlm" or (
+        isinstance(objective, D3PMObjectiveConfig) and not objective.substitution
+    )
+    copies = 2 if feeds_two else 1
     rows = config.training.micro_batch_sequences * copies
     if rows * length % parallel.tensor:
         return [

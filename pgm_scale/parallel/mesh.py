@@ -128,9 +128,6 @@ class Mesh:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def barrier(self) -> None:
-        self._reduce(np.zeros(1), dist.ReduceOp.SUM)
-
     def arranged(self, parallel: ParallelConfig) -> Mesh:
         """This mesh with the groups of a layout. Collective; the groups of an earlier layout are dropped."""
         if parallel.tensor == parallel.pipeline == 1:

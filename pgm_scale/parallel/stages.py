@@ -1,27 +1,17 @@
-"""Pipeline stages of equal work: what each unit of a model costs, and the best contiguous split.
+"""Pipeline stages of equal work: the best contiguous split of units by what each of them costs.
 
 The costs are those of forward and backward together, which 1F1B alternates; the step takes as long as its
 slowest stage allows, so the split minimises the largest stage. `parallel.unit_costs` measures costs on the
-device at hand; `estimated_unit_costs` counts operations where there is none.
+device at hand; `planning` predicts them where there is none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
-from typing import Any
 
-from pgm_scale.config import ModelConfig, PartitionTransformerConfig
 from pgm_scale.errors import UserError
-from pgm_scale.models.flops import forward_flops_per_token
-from pgm_scale.models.stages import unit_kinds
-
-BACKWARD_PER_FORWARD = 2  # gradients of a matrix product are two products of its size
-# A look-up moves memory and computes nothing; a GPU does about this many operations while it moves one
-# bf16 element in and out, and in the backward pass again.
-_EMBEDDING_FLOPS_PER_ELEMENT = 500
 
 
 def split_units(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -34,6 +24,7 @@ def split_units(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         UserError: there are fewer units than stages.
     """
     units = len(costs)
+    assert all(0 <= cost < math.inf for cost in costs), costs
     if not 1 <= stages <= units:
         raise UserError(f"{units} units cannot be split into {stages} pipeline stages; use 1 to {units}")
     prefix = [0.0, *accumulate(costs)]
@@ -78,32 +69,3 @@ def _least_largest_sum(prefix: list[float], stages: int) -> float:
                     break
         best = following
     return best[units]
-
-
-def estimated_unit_costs(config: ModelConfig, vocab_size: int, length: int) -> list[float]:
-    """FLOPs of forward and backward a token, for each unit of the model in order."""
-    by_kind = unit_forward_flops(config, vocab_size, length)
-    return [(1 + BACKWARD_PER_FORWARD) * by_kind[kind] for kind in unit_kinds(config)]
-
-
-def unit_forward_flops(config: ModelConfig, vocab_size: int, length: int) -> dict[str, float]:
-    """Expected forward FLOPs a token of a unit of each kind, as differences of whole models' counts."""
-
-    def total(vocabulary: int, **blocks: Any) -> float:
-        return forward_flops_per_token(replace(config, **blocks), vocabulary, length)
-
-    if isinstance(config, PartitionTransformerConfig):
-        none = {"num_encoder_blocks": 0, "num_decoder_blocks": 0}
-        bare = total(0, **none)
-        costs = {
-            "encoder_block": total(0, **none | {"num_encoder_blocks": 1}) - bare,
-            "group_swap": bare,
-            "decoder_block": total(0, **none | {"num_decoder_blocks": 1}) - bare,
-        }
-    else:
-        none = {"num_blocks": 0}
-        bare = total(0, **none)
-        costs = {"block": total(0, num_blocks=1) - bare}
-    costs["embedding"] = float(_EMBEDDING_FLOPS_PER_ELEMENT * config.hidden_size)
-    costs["output"] = total(vocab_size, **none) - bare
-    return costs

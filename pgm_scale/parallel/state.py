@@ -46,7 +46,6 @@ class ParameterState:
     step: torch.Tensor  # Adam's update counter, shared by the parameters of one flat partition
     replicated: bool
     is_first_copy: bool
-    parameter: torch.nn.Parameter
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ def find_state(
                 step=place.moments["step"],
                 replicated=zero_stage == 0,
                 is_first_copy=is_first_copy(name, parameter, mesh),
-                parameter=parameter,
             )
         )
     return entries

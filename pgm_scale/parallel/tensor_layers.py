@@ -243,9 +243,9 @@ def sum_partial_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
     """
 
     def summed(gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=group)
-        return gradient
+        total = gradient.float().contiguous()  # bf16 would round the sum
+        dist.all_reduce(total, group=group)
+        return total.to(gradient.dtype)
 
     for parameter in model.parameters():
         if not is_split(parameter):

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from pgm_scale.config import DiffusionTransformerConfig, ModelConfig, PartitionTransformerConfig
+from pgm_scale.errors import UserError
 from pgm_scale.models import build_model
 from pgm_scale.models.partition_transformer import PartitionInputs
 from pgm_scale.models.readout import TokenNLL
 from pgm_scale.models.segments import Segments
 from pgm_scale.models.stages import Span, unit_kinds
+from pgm_scale.parallel.construction import recompute
 
 WARM_UP, REPEATS = 2, 5
 # Groups of a L and (1 - a) L tokens with this `a` attend as much as groups of a uniformly drawn size do on
@@ -31,21 +33,44 @@ def measure_unit_costs(
     micro_batch_sequences: int,
     device: torch.device,
     dtype: torch.dtype,
+    recompute_blocks: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
     """Median seconds of forward and backward of a micro-batch through one unit of each kind, on one device.
 
     Units have their full width, whatever the tensor-parallel size: a split needs only the ratios of the costs.
     One unit is in memory at a time, and the global random generators are left as they were.
+
+    Raises:
+        UserError: a unit of full width does not fit the device.
     """
     small = one_of_each_kind(config)
     batch = ExampleBatch(vocab_size, length, micro_batch_sequences, device)
     costs = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for unit, kind in enumerate(unit_kinds(small)):
-            with device:
-                stage = build_model(small, vocab_size, length, span=Span(unit, unit + 1)).to(dtype)
-            costs[kind] = _median_seconds(stage_forward(stage, small, unit, batch, dtype), device)
+            progress(f"measuring the cost of the {kind}")
+            try:
+                costs[kind] = _unit_seconds(small, unit, batch, dtype, recompute_blocks)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"the cost of the {kind} cannot be measured, as it does not fit {device} alone; set "
+                    "parallel.stage_units (pgm-scale plan proposes them), or a smaller micro-batch"
+                ) from None
+    if device.type == "cuda":  # what the run reports of its memory is its own
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return costs
+
+
+def _unit_seconds(
+    config: ModelConfig, unit: int, batch: ExampleBatch, dtype: torch.dtype, recompute_blocks: bool
+) -> float:
+    with batch.device:
+        stage = build_model(config, batch.vocab_size, batch.length, span=Span(unit, unit + 1)).to(dtype)
+    if recompute_blocks:
+        recompute(stage)
+    return _median_seconds(stage_forward(stage, config, unit, batch, dtype), batch.device)
 
 
 def one_of_each_kind(config: ModelConfig) -> ModelConfig:

@@ -367,7 +367,8 @@ class Watchdog:
         if moving:
             reason = f"{ranks_text(moving)} make{'s' if len(moving) == 1 else ''} progress"
         text = f'no progress for {self._still_s:.0f} s in "{self._warned[2]}"; going on, as {reason}\n'
-        within(_REPORT_S, lambda: os.write(2, text.encode()))
+        with contextlib.suppress(TimeoutError, OSError):
+            within(_REPORT_S, lambda: os.write(2, text.encode()))
 
     def _judgement(self, who: str, culprits: list[Culprit], maker: int) -> Verdict:
         who = who or "a collective failed, and no rank is dead, stopped or behind: look at the network"

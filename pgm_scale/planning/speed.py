@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pgm_scale.models.flops import forward_flops_per_token
-from pgm_scale.parallel.stages import BACKWARD_PER_FORWARD
 from pgm_scale.planning.cluster import Hardware
 from pgm_scale.planning.layouts import Layout, Workload
 from pgm_scale.planning.stages import Stage
@@ -96,6 +95,6 @@ def _memory_rate(hardware: Hardware) -> float:
 
 
 def model_flops(workload: Workload) -> float:
-    """Of one step, recomputation not counted: what model FLOPs utilisation means by useful."""
+    """Of one step, recomputation not counted; backward is two forwards (PaLM, appendix B)."""
     each = forward_flops_per_token(workload.model, workload.vocab_size, workload.length)
-    return (1 + BACKWARD_PER_FORWARD) * each * workload.tokens * workload.rows_per_sequence
+    return 3 * each * workload.tokens * workload.rows_per_sequence

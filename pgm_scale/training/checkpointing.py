@@ -82,7 +82,6 @@ class Checkpointer:
 
     def _owned_fragments(self) -> Iterator[tuple[Kind, Fragment]]:
         for index, entry in enumerate(self.engine.state):
-            self.engine.mesh.progress(f"saving {entry.name}")
             first, last = self._owned_range(entry)
             if last > first:
                 for kind, values in self._targets(index).items():

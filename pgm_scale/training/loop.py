@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -59,11 +60,13 @@ def train(config: RunConfig, launch: Launch) -> None:
     if problems:
         raise UserError("cannot train:\n  " + "\n  ".join(problems))
     train_split, validation_split = splits
+    if config.parallel.tensor > 1:  # Megatron orders its collectives by it; read when CUDA starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with ExitStack() as stack:
         hangs = RunFolder(config.folder).hangs_path
         mesh = stack.enter_context(connected(launch, config.parallel.timeout_s, hangs))
         lock = RunLock(config.folder)
-        Peers(mesh.rank, mesh.world_size, mesh.gather).first(lock.acquire)
+        Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress).first(lock.acquire)
         stack.callback(lock.release)
         train_on_mesh(config, mesh, train_split, validation_split, lock)
 
@@ -78,7 +81,7 @@ def train_on_mesh(
     """`train`, once the ranks are connected; rank 0 holds the folder's `lock`. Collective."""
     mesh = mesh.arranged(config.parallel)
     run = RunFolder(config.folder)
-    peers = Peers(mesh.rank, mesh.world_size, mesh.gather)
+    peers = Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress)
     identity: RunIdentity = peers.first(
         lambda: run.create_or_match(config, train_split.manifest, train_split.tokenizer_path())
     )
@@ -142,6 +145,7 @@ class TrainingRun:
         config = self.config
         bf16 = config.training.precision == "bf16"
         return self.folder.unit_costs(
+            unit_kinds(config.model),
             lambda: measure_unit_costs(
                 config.model,
                 self.identity.vocabulary.size,
@@ -149,7 +153,9 @@ class TrainingRun:
                 config.training.micro_batch_sequences,
                 self.mesh.device,
                 torch.bfloat16 if bf16 else torch.float32,
-            )
+                config.training.recompute_blocks,
+                self.mesh.progress,
+            ),
         )
 
     def _resume(self) -> int:
@@ -272,13 +278,8 @@ class TrainingRun:
         config, mesh = self.config, self.mesh
         weights = self.ema.values if self.ema is not None else None
         with self.engine.evaluation(weights) as model:
-
-            def watched_model(*arguments: Any, **options: Any) -> Any:
-                mesh.progress(f"validation after step {step}")
-                return model(*arguments, **options)
-
             perplexity = validate(
-                watched_model,
+                model,
                 self.objective,
                 self.validation_loader,
                 sequences=config.validation.sequences,
@@ -301,7 +302,6 @@ class TrainingRun:
         }
 
     def _save(self, step: int) -> None:
-        self.mesh.progress(f"saving step {step}")
         if self.lock is not None:
             self.store.peers.first(self.lock.check)
         self.checkpointer.save(step, {"run_id": self.identity.run_id})

@@ -70,14 +70,14 @@ def training_step(
     scored_tokens = float(mesh.sum(np.array([sum(b.scored_tokens for b in batches)], np.float64))[0])
     # Tensor-parallel ranks drop the same of the same tokens; with sequence parallelism each has its own tokens.
     place = (mesh.data_rank, mesh.stage, mesh.tensor_rank if config.parallel.sequence_parallel else 0)
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     kept: list[LossTerms] = []
 
     def micro_step(number: int, inputs: Any) -> MicroStep:
         def loss(result: Any) -> torch.Tensor:
             terms = objective.terms(result, inputs)
             share = terms.loss_S.sum() / scored_tokens
-            losses.append(float(share.detach()))
+            losses.append(share.detach().double())
             kept.append(terms)
             return share
 
@@ -91,7 +91,7 @@ def training_step(
     engine.forward_backward(
         [micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)]
     )
-    loss = sum(losses)  # 0 on the stages of a pipeline that do not compute it
+    loss = float(sum(losses))  # 0 on the stages of a pipeline that do not compute it
     refused, stops = mesh.any(np.array([not math.isfinite(loss), stop_requested], np.float64))
     if refused:
         _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)

@@ -44,7 +44,7 @@ MODELS: dict[str, Any] = {
 
 
 def initialised(config: ModelConfig, seed: int = 1, vocab_size: int = VOCAB) -> nn.Module:
-    model = build_part(config, vocab_size, LENGTH, LOCAL_LAYERS, whole_span(config), recompute=False)
+    model = build_part(config, vocab_size, LENGTH, LOCAL_LAYERS, whole_span(config), recomputes=False)
     assert all(p.is_meta for p in model.parameters())
     materialize(model, seed, CPU, torch.float32)
     return model
@@ -147,7 +147,7 @@ def test_every_layout_starts_with_the_bits_of_one_process(name: str, tensor: int
         for rank in range(tensor * pipeline):
             with _rank(parallel, tensor * pipeline, rank) as mesh:
                 layers, span = layer_builder(mesh, parallel), stage_span(config, mesh, stage_units)
-                part = build_part(config, vocab_size, LENGTH, layers, span, recompute=False)
+                part = build_part(config, vocab_size, LENGTH, layers, span, recomputes=False)
                 materialize(part, 1, CPU, torch.float32)
             for key, parameter in part.named_parameters():
                 _place(found[key], parameter)

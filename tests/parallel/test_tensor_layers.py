@@ -89,7 +89,7 @@ class Case:
     def model(self, layers: LayerBuilder) -> nn.Module:
         """Every parameter drawn anew: at the initial values, gates, shifts and logits are 0."""
         span = whole_span(self.config)
-        model = build_part(self.config, self.vocab_size, LENGTH, layers, span, recompute=False)
+        model = build_part(self.config, self.vocab_size, LENGTH, layers, span, recomputes=False)
         materialize(model, 1, CPU, torch.float32)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():

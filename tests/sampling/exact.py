@@ -54,7 +54,7 @@ class ExactPartition(PartitionTransformer):
         self.table = torch.from_numpy(conditionals(joint)).log().float()
         self.places = torch.from_numpy(_PLACES)
 
-    def forward(self, inputs, readout=logits):
+    def forward(self, inputs, readout=logits, received=None):
         keys, queries = inputs.segments, inputs.query_segments
         state_S = torch.full((keys.count,), int(MASK * _PLACES.sum()))
         state_S.index_add_(0, keys.ids_T, (inputs.tokens_T - MASK) * self.places[inputs.positions_T])
@@ -70,7 +70,7 @@ class ExactDiffusion(DiffusionTransformer):
         self.table = torch.from_numpy(conditionals(joint)).log().float()
         self.places = torch.from_numpy(_PLACES)
 
-    def forward(self, tokens_BL, sigma_B=None, readout=logits):
+    def forward(self, tokens_BL, sigma_B=None, readout=logits, received=None):
         return readout(self.table[(tokens_BL * self.places).sum(dim=1)], nn.Identity())
 
 

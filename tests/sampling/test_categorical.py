@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
+from pgm_scale.models.vocabulary import VocabularyLinear
 from pgm_scale.sampling.categorical import TokenDraw, TokenRules, inverse_cdf
 from tests.sampling.chi_square import p_value
 
@@ -103,7 +103,7 @@ def test_extreme_uniforms_draw_possible_tokens():
 
 def test_readout_draws_the_selected_rows_in_chunks():
     torch.manual_seed(0)
-    linear = nn.Linear(8, 5)
+    linear = VocabularyLinear(8, 5)
     hidden_BLH = torch.randn(30, 20, 8)
     rows_Q = torch.randperm(600)[:550]  # more than two chunks
     uniforms_Q = torch.rand(550, dtype=torch.float64)

@@ -26,9 +26,8 @@ from tests.tiny_data import tiny_config
 
 def test_ema_follows_its_formula_with_warm_up() -> None:
     weight = torch.zeros(3)
-    parameter = torch.nn.Parameter(weight)
     state = ParameterState(
-        "w", TensorSlice.whole((3,)), 0, weight, weight, weight, torch.zeros(()), False, True, parameter
+        "w", TensorSlice.whole((3,)), 0, weight, weight, weight, torch.zeros(()), False, True
     )
     average = ExponentialMovingAverage([state], decay=0.3)
     expected = 0.0
