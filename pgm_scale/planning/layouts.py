@@ -85,6 +85,21 @@ class Layout:
     micro_batches: int
     recompute: bool
 
+    @classmethod
+    def of(cls, config: RunConfig, gpus: int) -> Layout:
+        """The one that a configuration has, which must divide."""
+        parallel, training = config.parallel, config.training
+        data = gpus // (parallel.tensor * parallel.pipeline)
+        return cls(
+            Sharing(parallel.tensor, parallel.sequence_parallel),
+            parallel.pipeline,
+            data,
+            parallel.zero_stage,
+            training.micro_batch_sequences,
+            training.global_batch_sequences // data // training.micro_batch_sequences,
+            training.recompute_blocks,
+        )
+
     @property
     def gpus(self) -> int:
         return self.sharing.tensor * self.pipeline * self.data

@@ -17,7 +17,7 @@ from pgm_scale.config import (
     TrainingConfig,
 )
 from pgm_scale.parallel.layout import layout_problems, length_problems
-from pgm_scale.planning.layouts import Workload, possible_layouts
+from pgm_scale.planning.layouts import Layout, Workload, possible_layouts
 from tests.planning.cases import MODEL
 
 LENGTH = 6
@@ -78,8 +78,10 @@ def test_exactly_the_layouts_without_a_problem(model):
 
 
 def test_a_layouts_numbers_agree():
-    workload = Workload.of(run_config(), 101, LENGTH)
+    config = run_config()
+    workload = Workload.of(config, 101, LENGTH)
     for layout in possible_layouts(workload, 8, gpus_per_node=4):
+        assert Layout.of(as_config(config, layout), 8) == layout
         assert layout.gpus == 8
         assert layout.micro_batches * layout.micro_batch_sequences * layout.data == 24
 

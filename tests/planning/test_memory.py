@@ -1,8 +1,20 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from pgm_scale.planning.memory import BUCKET, RankMemory, rank_memory
+from pgm_scale.config import DataConfig, ParallelConfig, RunConfig
+from pgm_scale.parallel.deepspeed_setup import deepspeed_config
+from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.planning.memory import (
+    BUCKET,
+    LIVE_WEIGHTS,
+    PERSISTENT,
+    SUB_GROUP,
+    RankMemory,
+    rank_memory,
+)
 from pgm_scale.planning.stages import Load, Stage
 from tests.planning.cases import WORKLOAD, layout
 
@@ -84,3 +96,16 @@ def test_a_reduction_within_the_pass_meets_the_activations():
 
 def test_total_is_the_sum():
     assert memory().total == sum(states(memory()))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_constants_are_those_of_the_engine(zero_stage):
+    parallel = ParallelConfig(zero_stage=zero_stage)
+    config = RunConfig(folder="", data=DataConfig("", ""), parallel=parallel)
+    settings = deepspeed_config(config, Mesh(0, 1, 0, torch.device("cpu")))
+    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+    assert zero.reduce_bucket_size == BUCKET
+    assert (zero.max_live_parameters, zero.sub_group_size) == (LIVE_WEIGHTS, SUB_GROUP)
+    assert zero.param_persistence_threshold == PERSISTENT
+    assert not zero.overlap_comm  # or there are two buckets, and reductions are not waited for
+    assert settings["communication_data_type"] == settings["data_types"]["grad_accum_dtype"] == "fp32"
