@@ -44,8 +44,35 @@ def as_kind(size):
     }[MODEL_SIZES[size]["kind"]]
 
 
+# Our own sizes, beyond those that were published: (blocks of either kind, hidden size, parameters).
+OWN_SIZES = {
+    "pgm-0.2b": (8, 768, 202_708_818),
+    "pgm-1.3b": (10, 2048, 1_261_921_618),
+    "pgm-7b": (16, 4096, 7_024_895_314),
+    "pgm-30b": (24, 7168, 30_791_920_978),
+    "pgm-70b": (42, 8192, 69_277_648_210),
+}
+
+
+def counted_by_hand(blocks, h, v, c=128):
+    """Parameters of a Partition Transformer, term by term (FACTS 1.5)."""
+    block = 12 * h * h + 5 * h + 6 * h * (c + 1)  # q, k, v, output, MLP with biases, adaLN
+    norms = 2 * h + 3 * h  # of an encoder and of a decoder block
+    group_swap = 4 * h * h + 7 * h
+    embedding, time = v * h, 256 * c + c + c * c + c
+    output = h + v * h + v + 2 * h * (c + 1)
+    return blocks * (2 * block + norms) + group_swap + embedding + time + output
+
+
+@pytest.mark.parametrize("size", OWN_SIZES)
+def test_parameter_counts_of_our_own_sizes(size):
+    blocks, hidden, count = OWN_SIZES[size]
+    assert sum(p.numel() for p in on_meta(size).parameters()) == count
+    assert counted_by_hand(blocks, hidden, GPT2_VOCAB) == count
+
+
 def test_every_named_size_has_a_count():
-    assert PARAMETERS.keys() == MODEL_SIZES.keys()
+    assert PARAMETERS.keys() | OWN_SIZES.keys() == MODEL_SIZES.keys()
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
