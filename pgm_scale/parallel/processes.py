@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import re
 import signal
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from pgm_scale.checkpoint.lock import Holder
 
 _SHOWN_FRAMES = 30
 _COMMUNICATING = ("/torch/distributed/", "/deepspeed/", "/megatron/core/", "/pgm_scale/parallel/")
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x", re.MULTILINE)  # as faulthandler writes them
+_FRAME = re.compile(r'^  File "(.*)", line (\S+) in (.*)$', re.MULTILINE)
 _ABORT_S = 0.5
 _DEAD = "is dead"
 _UNKNOWN = "sends no sign of life"
@@ -68,26 +71,35 @@ def stack_of(thread: int) -> tuple[tuple[str, ...], bool]:
     No source lines, as reading them might hang too.
     """
     others = {other.ident for other in threading.enumerate()} - {thread}
-    found = sys._current_frames()
-    frames = [found.pop(thread), *(frame for ident, frame in found.items() if ident not in others)]
-    lines = [line for frame in frames for line in _lines(frame)]
-    waits = any(folder in frame.f_code.co_filename for frame in frames for folder in _COMMUNICATING)
-    return tuple(lines), waits
+    found = _all_stacks()
+    stacks = [found.pop(thread, ()), *(stack for ident, stack in found.items() if ident not in others)]
+    waits = any(
+        folder in stack[-1].rpartition(":")[0] for stack in stacks if stack for folder in _COMMUNICATING
+    )
+    return tuple(line for stack in stacks for line in stack), waits
 
 
-def _lines(innermost: FrameType) -> Sequence[str]:
-    calls: list[str] = []
-    frame: FrameType | None = innermost
-    while frame is not None and len(calls) < _SHOWN_FRAMES:
-        calls.append(_line(frame, frame.f_lineno))
-        frame = frame.f_back
-    return calls[::-1]
+def _all_stacks() -> dict[int, tuple[str, ...]]:
+    """The stack of every thread by its number, read without a pause.
+
+    By faulthandler, which does not let go of the interpreter. Frame objects of a thread that goes on running
+    while they are followed do not stay valid (Python 3.11 hands out freed memory as frames).
+    """
+    file = os.memfd_create("stacks")
+    try:
+        faulthandler.dump_traceback(file)
+        text = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+    finally:
+        os.close(file)
+    stacks = {}
+    for part in _THREAD.split(text)[1:]:
+        number, _, frames = part.partition(" ")
+        calls = [f"{path}:{line} {name}" for path, line, name in _FRAME.findall(frames)[:_SHOWN_FRAMES]]
+        stacks[int(number, 16)] = tuple(calls[::-1])
+    return stacks
 
 
 def raised_at(trace: TracebackType) -> tuple[str, ...]:
     """The stack of an error, as `stack_of` gives it."""
-    return tuple(_line(frame, number) for frame, number in traceback.walk_tb(trace))[-_SHOWN_FRAMES:]
-
-
-def _line(frame: FrameType, number: int) -> str:
-    return f"{frame.f_code.co_filename}:{number} {frame.f_code.co_qualname}"
+    calls = [(frame.f_code, line) for frame, line in traceback.walk_tb(trace)]
+    return tuple(f"{code.co_filename}:{line} {code.co_name}" for code, line in calls[-_SHOWN_FRAMES:])
