@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 FOLDERS := pgm_scale data_prep ops tests
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test parity check format clean
 
 demo: $(STAMP)
 	$(BIN)/python ops/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# Every parallel layout against one process; writes the tables of the README and ops/bench/parity.json.
+parity: $(STAMP)
+	$(BIN)/python -m ops.parity
 
 check: $(STAMP)
 	$(BIN)/ruff check $(FOLDERS)
