@@ -1,0 +1,44 @@
+"""The stack of another thread, as the watchdog shows it."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pgm_scale.parallel.processes import raised_at, stack_of
+
+
+def _waits_here(reached: threading.Event, free: threading.Event) -> None:
+    reached.set()
+    free.wait()
+
+
+def _resumes(reached: threading.Event, free: threading.Event) -> Iterator[None]:
+    _waits_here(reached, free)
+    yield
+
+
+def test_a_waiting_thread_shows_its_calls_innermost_last() -> None:
+    reached, free = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: list(_resumes(reached, free)))
+    thread.start()
+    reached.wait()
+    try:
+        assert thread.ident is not None
+        while "wait" not in (lines := stack_of(thread.ident)[0])[-1]:
+            pass
+        names = [line.rpartition(" ")[2] for line in lines]
+        first = names.index("_resumes")
+        assert lines[first + 1] == f"{__file__}:{_waits_here.__code__.co_firstlineno + 2} _waits_here"
+        assert not any("test_a_waiting_thread" in line for line in lines)  # the thread that asks
+    finally:
+        free.set()
+        thread.join()
+
+
+def test_an_error_shows_where_it_was_raised() -> None:
+    with pytest.raises(TypeError) as caught:
+        threading.Event().wait("long")  # type: ignore[arg-type]
+    lines = raised_at(caught.tb)
+    assert lines[0].startswith(f"{__file__}:")
+    assert lines[-1].endswith(" wait")
