@@ -107,10 +107,27 @@ def _initial_state(mesh: Mesh) -> None:
             rounded = whole.bfloat16().float() if precision == "bf16" and engine.zero_stage else whole
             assert torch.equal(found[key], rounded), (name, precision, key)
         assert engine.parameter_shapes == {key: tuple(whole.shape) for key, whole in expected.items()}
+        if precision == "fp32":
+            _evaluates_other_weights(engine)
         engine.close()
 
 
-def test_every_engine_starts_with_the_bits_of_one_process() -> None:
+def _evaluates_other_weights(engine: Engine) -> None:
+    """They reach every shard that computes with them, also those that ZeRO-3 has taken apart."""
+    torch.manual_seed(0)
+    other = _local(PGM).eval()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    weights = [
+        e.part.take(other.get_parameter(e.name).detach())[e.start : e.start + e.weight.numel()]
+        for e in engine.state
+    ]
+    (inputs,), _ = _call(0)
+    with torch.no_grad(), engine.evaluation(weights) as module:
+        torch.testing.assert_close(module(inputs), other(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_every_engine_starts_with_the_bits_of_one_process_and_takes_other_weights() -> None:
     run_ranks(2, _initial_state)
 
 

@@ -5,22 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from ops.parity_layouts import FP32_BOUNDS, MODELS, layout, reference
-from ops.parity_runs import Draws, differences, same_draws, train_all, write_data
+from ops.parity_layouts import FP32_BOUNDS, both, layout, reference
+from ops.parity_runs import Case, Draws, differences, same_draws, train_all, write_data
 from pgm_scale.config import ParallelConfig, RunConfig
 from tests.distributed import run_ranks
 
 CASES = {
-    3: [layout(model, 1, 3) for model in MODELS],
+    3: both((1, 3)),
     4: [
-        case
-        for model in MODELS
-        for case in (
-            layout(model, 2, 2),
-            layout(model, 1, 2, 2),
-            layout(model, 2, 1, 2, 3),
-            layout(model, 4, sequence_parallel=True),
-        )
+        *both((2, 2), (1, 2, 2), (2, 1, 2, 3)),
+        layout("PGM", 4, sequence_parallel=True),
     ],
 }
 
@@ -35,8 +29,8 @@ def _train(ranks: int, configs: list[RunConfig]) -> dict[Path, list[Draws]]:
 def test_layouts_train_the_run_of_one_process(tmp_path: Path, ranks: int) -> None:
     data, cases = write_data(tmp_path / "data"), CASES[ranks]
 
-    def config(case: object) -> RunConfig:
-        return case.config(data, tmp_path)  # type: ignore[attr-defined]
+    def config(case: Case) -> RunConfig:
+        return case.config(data, tmp_path)
 
     drawn = _train(1, [config(case) for case in dict.fromkeys(map(reference, cases))])
     drawn |= _train(ranks, [config(case) for case in cases])

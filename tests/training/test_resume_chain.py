@@ -4,7 +4,7 @@ import dataclasses
 from itertools import groupby
 from pathlib import Path
 
-from ops.parity_layouts import layout
+from ops.parity_layouts import FP32_BOUNDS, layout
 from ops.parity_runs import (
     GLOBAL_BATCH_SEQUENCES,
     Case,
@@ -83,5 +83,6 @@ def test_a_run_moves_through_layouts(tmp_path: Path) -> None:
         (step + 1) * GLOBAL_BATCH_SEQUENCES for step in range(STEPS)
     ]
     for step in range(LEG_STEPS, STEPS + 1, LEG_STEPS):
-        for quantity, difference in differences(moved, straight, step).items():
-            assert difference <= 1e-5, (step, quantity, difference)
+        found = differences(moved, straight, step)
+        missed = {name: found[name] for name, bound in FP32_BOUNDS.items() if not found[name] <= bound}
+        assert not missed, step
