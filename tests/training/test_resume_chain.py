@@ -83,6 +83,6 @@ def test_a_run_moves_through_layouts(tmp_path: Path) -> None:
         (step + 1) * GLOBAL_BATCH_SEQUENCES for step in range(STEPS)
     ]
     for step in range(LEG_STEPS, STEPS + 1, LEG_STEPS):
-        found = differences(moved, straight, step)
-        missed = {name: found[name] for name, bound in FP32_BOUNDS.items() if not found[name] <= bound}
+        apart = differences(moved, straight, step)
+        missed = {name: apart[name] for name, bound in FP32_BOUNDS.items() if not apart[name] <= bound}
         assert not missed, step
