@@ -1,11 +1,14 @@
 """The stack of another thread, as the watchdog shows it."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.processes import raised_at, stack_of
+from tests.distributed import run_ranks
 
 
 def _waits_here(reached: threading.Event, free: threading.Event) -> None:
@@ -18,22 +21,27 @@ def _resumes(reached: threading.Event, free: threading.Event) -> Iterator[None]:
     yield
 
 
-def test_a_waiting_thread_shows_its_calls_innermost_last() -> None:
+def _stack_of_a_waiting_thread(_: Mesh) -> tuple[str, ...]:
     reached, free = threading.Event(), threading.Event()
     thread = threading.Thread(target=lambda: list(_resumes(reached, free)))
     thread.start()
     reached.wait()
-    try:
-        assert thread.ident is not None
-        while "wait" not in (lines := stack_of(thread.ident)[0])[-1]:
-            pass
-        names = [line.rpartition(" ")[2] for line in lines]
-        first = names.index("_resumes")
-        assert lines[first + 1] == f"{__file__}:{_waits_here.__code__.co_firstlineno + 2} _waits_here"
-        assert not any("test_a_waiting_thread" in line for line in lines)  # the thread that asks
-    finally:
-        free.set()
-        thread.join()
+    time.sleep(1.0)  # until it waits
+    assert thread.ident is not None
+    lines = stack_of(thread.ident)[0]
+    free.set()
+    thread.join()
+    return lines
+
+
+def test_a_waiting_thread_shows_its_calls_innermost_last() -> None:
+    """In a process of its own: faulthandler shows 100 threads, and other tests may have left more."""
+    lines = run_ranks(1, _stack_of_a_waiting_thread)
+    names = [line.rpartition(" ")[2] for line in lines]
+    first = names.index("_resumes")
+    assert lines[first + 1] == f"{__file__}:{_waits_here.__code__.co_firstlineno + 2} _waits_here"
+    assert names[first + 2] == "wait"
+    assert not any("_stack_of_a_waiting_thread" in line for line in lines)  # the thread that asks
 
 
 def test_an_error_shows_where_it_was_raised() -> None:
