@@ -29,13 +29,16 @@ class TokenNLL:
     Attributes:
         targets: int64, the shape of the hidden states without their last dimension.
         excluded_id: a token that is never predicted, the mask; None excludes none.
+        loss_weights: fp32, the shape of the targets: what each NLL counts for in the loss, up to one factor. With
+            them training is faster, and the loss must be what they say; None allows any loss.
     """
 
     targets: Tensor
     excluded_id: int | None
+    loss_weights: Tensor | None = None
 
     def __call__(self, hidden: Tensor, output_linear: OutputLinear) -> Tensor:
-        return output_linear.token_nll(hidden, self.targets, self.excluded_id)
+        return output_linear.token_nll(hidden, self.targets, self.excluded_id, self.loss_weights)
 
 
 @dataclass(frozen=True)

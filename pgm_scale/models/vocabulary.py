@@ -6,12 +6,14 @@ output linear is therefore a short list (`OutputLinear`), and most of it needs n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgm_scale.models.chunked_nll import VocabularyRange, chunked_nll
 from pgm_scale.models.initialization import fill_with, uniform
 
 
@@ -34,11 +36,13 @@ class OutputLinear(Protocol):
     def __call__(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., H]`."""
 
-    def token_nll(self, hidden: Tensor, targets: Tensor, excluded_id: int | None) -> Tensor:
+    def token_nll(
+        self, hidden: Tensor, targets: Tensor, excluded_id: int | None, loss_weights: Tensor | None
+    ) -> Tensor:
         """fp32 NLL in nats `[...]` of int64 targets `[...]`, one for each hidden state `[..., H]`.
 
         The token `excluded_id` has probability 0: the softmax is over the others (FACTS 1.7), and the NLL of a
-        target equal to it is +inf.
+        target equal to it is +inf. See `chunked_nll` for the loss weights, fp32 `[...]`.
         """
 
     def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -54,19 +58,18 @@ class VocabularyLinear(nn.Linear):
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden).float()
+    def forward(self, hidden: Tensor, compute: Callable[[nn.Linear], Tensor] | None = None) -> Tensor:
+        """fp32 logits, or what `compute` makes of the weights."""
+        return super().forward(hidden).float() if compute is None else compute(self)
 
-    def token_nll(self, hidden: Tensor, targets: Tensor, excluded_id: int | None) -> Tensor:
-        scores = self(hidden)
-        if excluded_id is not None:
-            # Adding leaves the backward pass the identity; the softmax there is 0 already, without a copy of
-            # [..., V] that writing into a column would cost.
-            removed_V = scores.new_zeros(scores.shape[-1])
-            removed_V[excluded_id] = -torch.inf
-            scores = scores + removed_V
-        flat_nll = F.cross_entropy(scores.flatten(0, -2), targets.flatten(), reduction="none")
-        return flat_nll.view(targets.shape)
+    def token_nll(
+        self, hidden: Tensor, targets: Tensor, excluded_id: int | None, loss_weights: Tensor | None
+    ) -> Tensor:
+        held = VocabularyRange(self.out_features)
+        return self(
+            hidden,
+            lambda own: chunked_nll(hidden, own.weight, own.bias, targets, excluded_id, loss_weights, held),
+        )
 
     def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
         scores = self(hidden)

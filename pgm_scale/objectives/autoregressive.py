@@ -53,7 +53,8 @@ class AutoregressiveObjective:
     validation_inputs = training_inputs
 
     def call(self, inputs: NextTokenInputs) -> ModelCall:
-        return ModelCall((inputs.tokens_BL,), TokenNLL(inputs.targets_BL, self.vocabulary.mask_id))
+        readout = TokenNLL(inputs.targets_BL, self.vocabulary.mask_id, inputs.scored_BL.float())
+        return ModelCall((inputs.tokens_BL,), readout)
 
     def terms(self, nll_BL: torch.Tensor, inputs: NextTokenInputs) -> LossTerms:
         return inputs.rows.terms((nll_BL * inputs.scored_BL).sum(dim=1))

@@ -97,7 +97,7 @@ class D3PMObjective:
         """The NLL [B, L] under SUBS; else log x_theta of the target and of the mask, [2 B, L, 2]."""
         readout: Readout
         if self.config.substitution:
-            readout = TokenNLL(inputs.targets_SL, self.vocabulary.mask_id)
+            readout = TokenNLL(inputs.targets_SL, self.vocabulary.mask_id, self._weight_BL(inputs))
         else:
             masks_SL = torch.full_like(inputs.targets_SL, self.vocabulary.mask_id)
             readout = TokenLogProbabilities(torch.stack([inputs.targets_SL, masks_SL], dim=-1))
@@ -107,8 +107,7 @@ class D3PMObjective:
         steps = self.config.diffusion_steps
         if self.config.substitution:
             nll_BL = result
-            weight_B1 = steps * (inputs.t_B1 - inputs.s_B1) / inputs.t_B1 + inputs.cross_entropy_weight
-            loss_BL = weight_B1 * nll_BL * inputs.masked_BL
+            loss_BL = self._weight_BL(inputs) * nll_BL
         else:
             log_target_SL, log_mask_SL = result.unbind(dim=-1)
             nll_BL, reconstruction_BL = (-log_target_SL).chunk(2)
@@ -116,6 +115,12 @@ class D3PMObjective:
             loss_BL = steps * kl_BL * inputs.masked_BL
             loss_BL = loss_BL + (reconstruction_BL + inputs.cross_entropy_weight * nll_BL) * inputs.scored_BL
         return inputs.rows.terms((nll_BL * inputs.masked_BL).sum(dim=1), loss_BL.sum(dim=1))
+
+    def _weight_BL(self, inputs: D3PMInputs) -> torch.Tensor:
+        """Under SUBS: what each token's NLL counts for in the loss."""
+        steps = self.config.diffusion_steps
+        weight_B1 = steps * (inputs.t_B1 - inputs.s_B1) / inputs.t_B1 + inputs.cross_entropy_weight
+        return weight_B1 * inputs.masked_BL
 
     def _step(self, u_B: np.ndarray) -> np.ndarray:
         """int64 [B] in 1..T, uniform."""

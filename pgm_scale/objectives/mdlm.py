@@ -79,9 +79,9 @@ class MDLMObjective:
 
     def call(self, inputs: MaskedInputs) -> ModelCall:
         """The NLL of each token, the mask's own logit removed (SUBS)."""
-        return ModelCall(
-            (inputs.noisy_BL, inputs.sigma_B), TokenNLL(inputs.targets_BL, self.vocabulary.mask_id)
-        )
+        weight_BL = inputs.scored_BL * inputs.rows.weight_S[:, None]
+        readout = TokenNLL(inputs.targets_BL, self.vocabulary.mask_id, weight_BL)
+        return ModelCall((inputs.noisy_BL, inputs.sigma_B), readout)
 
     def terms(self, nll_BL: torch.Tensor, inputs: MaskedInputs) -> LossTerms:
         return inputs.rows.terms((nll_BL * inputs.scored_BL).sum(dim=1))

@@ -105,7 +105,9 @@ class PGMObjective:
         return self._pack(batch, Partition(groups, weights))
 
     def call(self, inputs: PGMInputs) -> ModelCall:
-        return ModelCall((inputs.partition,), TokenNLL(inputs.targets_Q, self.vocabulary.mask_id))
+        weight_B2 = inputs.rows.weight_S.view(-1, 2, 1)
+        weight_Q = (inputs.scored_B2L * weight_B2).sum(dim=1).flatten()
+        return ModelCall((inputs.partition,), TokenNLL(inputs.targets_Q, self.vocabulary.mask_id, weight_Q))
 
     def terms(self, nll_Q: torch.Tensor, inputs: PGMInputs) -> LossTerms:
         scored_B2L = inputs.scored_B2L

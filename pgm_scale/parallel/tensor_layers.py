@@ -2,7 +2,7 @@
 parallelism, Korthikanti et al. 2022).
 
 Every split parameter carries its `slice`, so that initial values and checkpoints know which part of the whole it
-is; a parameter without one is whole, and equal, on every rank. With sequence parallelism the tensors between two
+is; one without is whole, and equal, on every rank (until `note_slices` writes that on it too). With sequence parallelism the tensors between two
 blocks are `[T / ranks, H]`: each rank normalises its own tokens, and whole parameters get partial gradients, which
 `sum_partial_gradients` adds up.
 """
@@ -10,7 +10,7 @@ blocks are `[T / ranks, H]`: each rank normalises its own tokens, and whole para
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -28,6 +29,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from pgm_scale.models.chunked_nll import VocabularyRange, chunked_nll
 from pgm_scale.models.initialization import fill_with, is_split, uniform
 from pgm_scale.models.layers import fill_linear
 from pgm_scale.tensor_slices import TensorSlice
@@ -115,7 +117,7 @@ class TensorParallelLayers:
         return gather_from_sequence_parallel_region(x, group=self.group) if self.sequence_parallel else x
 
     def padded(self, vocab_size: int) -> int:
-        """Rows of the split vocabulary: the last rank's share is filled up, and its padding never predicted."""
+        """Rows of the split vocabulary: filled up at its end, maybe over several ranks, and never predicted there."""
         return -(-vocab_size // self.tensor_parallel_size) * self.tensor_parallel_size
 
     def _settings(self, config: ModelParallelConfig) -> dict[str, Any]:
@@ -139,8 +141,6 @@ def _no_initialisation(_: Tensor) -> None:
 
 def _split(parameter: nn.Parameter, part: TensorSlice) -> None:
     parameter.slice = part  # type: ignore[attr-defined]
-    # By this DeepSpeed counts it on each rank in the gradient norm, and whole parameters on the first one only.
-    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 class _Autocasting:
@@ -195,12 +195,35 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
 
     vocab_size: int
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, compute: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+        """fp32 logits of the whole vocabulary, or what `compute` makes of this rank's weights."""
+        if compute is not None:
+            return compute(self)
         scores = gather_from_tensor_model_parallel_region(self.own_scores(hidden), group=self.tp_group)
         return scores[..., : self.vocab_size]
 
-    def token_nll(self, hidden: Tensor, targets: Tensor, excluded_id: int | None) -> Tensor:
-        return vocab_parallel_cross_entropy(self.own_scores(hidden, excluded_id), targets)
+    def token_nll(
+        self, hidden: Tensor, targets: Tensor, excluded_id: int | None, loss_weights: Tensor | None
+    ) -> Tensor:
+        if not self.disable_grad_reduce:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return self(
+            hidden,
+            lambda own: chunked_nll(
+                hidden, own.weight, own.bias, targets, excluded_id, loss_weights, self._held()
+            ),
+        )
+
+    def _held(self) -> VocabularyRange:
+        def reduced(operation: dist.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:
+            def reduce(values: Tensor) -> Tensor:
+                dist.all_reduce(values, operation, group=self.tp_group)
+                return values
+
+            return reduce
+
+        first = self.tp_group.rank() * self.weight.shape[0]
+        return VocabularyRange(self.vocab_size, first, reduced(dist.ReduceOp.SUM), reduced(dist.ReduceOp.MAX))
 
     def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
         scores = self.own_scores(hidden)
@@ -208,17 +231,14 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
         nll = vocab_parallel_cross_entropy(scores, ids[..., 0].contiguous())
         return chosen - (nll + chosen[..., 0])[..., None]
 
-    def own_scores(self, hidden: Tensor, excluded_id: int | None = None) -> Tensor:
-        """fp32 logits of this rank's range; -inf at the excluded token and where rows only pad the range."""
+    def own_scores(self, hidden: Tensor) -> Tensor:
+        """fp32 logits of this rank's range; -inf where rows only pad the range."""
         scores = super().forward(hidden)[0].float()
-        rows, first = scores.shape[-1], self.tp_group.rank() * scores.shape[-1]
-        removed = [] if excluded_id is None else [excluded_id - first]
-        removed += range(self.vocab_size - first, rows)
-        removed = [row for row in removed if 0 <= row < rows]
-        if not removed:
+        own_rows = max(0, self.vocab_size - self.tp_group.rank() * scores.shape[-1])
+        if own_rows >= scores.shape[-1]:
             return scores
-        removed_V = scores.new_zeros(rows)
-        removed_V[removed] = -torch.inf
+        removed_V = scores.new_zeros(scores.shape[-1])
+        removed_V[own_rows:] = -torch.inf
         return scores + removed_V
 
     def _choose(self, scores: Tensor, ids: Tensor) -> Tensor:

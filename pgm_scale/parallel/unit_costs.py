@@ -110,7 +110,8 @@ class ExampleBatch:
         """The NLL of each token, as the objectives ask for it."""
         is_packed = isinstance(config, PartitionTransformerConfig)
         shape = (self.sequences * self.length,) if is_packed else (self.sequences, self.length)
-        return TokenNLL(torch.zeros(shape, dtype=torch.long, device=self.device), self.vocab_size - 1)
+        targets = torch.zeros(shape, dtype=torch.long, device=self.device)
+        return TokenNLL(targets, self.vocab_size - 1, torch.ones(shape, device=self.device))
 
 
 def stage_forward(

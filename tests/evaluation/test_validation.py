@@ -88,7 +88,9 @@ def test_a_model_that_knows_nothing_scores_the_uniform_distribution(split: Split
     """Logits of 0 over the tokens without the mask; PGM and MDLM see the same masks, so they agree."""
 
     def uniform(*arguments: Any, readout: Any, **options: Any) -> torch.Tensor:
-        return readout(torch.zeros(*readout.targets.shape, VOCABULARY.size), LogitsGiven())
+        return readout(
+            torch.zeros(*readout.targets.shape, VOCABULARY.size).double(), LogitsGiven(VOCABULARY.size)
+        )
 
     results = [
         validate(
