@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FOLDERS := pgm_scale data_prep ops tests
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test parity check format clean
+.PHONY: demo test parity bench check format clean
 
 demo: $(STAMP)
 	$(BIN)/python ops/demo.py
@@ -16,6 +16,10 @@ test: $(STAMP)
 # Every parallel layout against one process; writes the tables of the README and ops/bench/parity.json.
 parity: $(STAMP)
 	$(BIN)/python -m ops.parity
+
+# Speed against the published way and against the machine's peaks; writes ops/bench/results/DEVICE.{md,json}.
+bench: $(STAMP)
+	$(BIN)/python -m ops.bench --out ops/bench/results
 
 check: $(STAMP)
 	$(BIN)/ruff check $(FOLDERS)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgm_scale.models.dropout import dropout
 from pgm_scale.models.layers import LayerBuilder, LayerNorm, gated_residual, rotate, zero_linear
 from pgm_scale.models.readout import Readout
 
@@ -67,9 +67,9 @@ class SelfAttentionBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.adaLN_modulation, condition, 6)
         q, k, v = split_heads(self.attn_qkv(self.norm1(x, shift1, scale1)), 3, self.local_heads)
         attended = attend(rotate(q, rotary), rotate(k, rotary), v).flatten(-2)
-        x = gated_residual(x, F.dropout(self.attn_out(attended), self.dropout, self.training), gate1)
+        x = gated_residual(x, dropout(self.attn_out(attended), self.dropout, self.training), gate1)
         update = self.mlp(self.norm2(x, shift2, scale2))
-        return gated_residual(x, F.dropout(update, self.dropout, self.training), gate2)
+        return gated_residual(x, dropout(update, self.dropout, self.training), gate2)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -108,9 +108,9 @@ class CrossAttentionBlock(nn.Module):
         (q_QND,) = split_heads(self.attn_q(self.q_norm1(x_QH, shift1, scale1)), 1, self.local_heads)
         k_TND, v_TND = split_heads(self.attn_kv(self.kv_norm1(encoded_TH)), 2, self.local_heads)
         attended = attend(rotate(q_QND, query_rotary), rotate(k_TND, key_rotary), v_TND).flatten(-2)
-        x_QH = gated_residual(x_QH, F.dropout(self.attn_out(attended), self.dropout, self.training), gate1)
+        x_QH = gated_residual(x_QH, dropout(self.attn_out(attended), self.dropout, self.training), gate1)
         update = self.mlp(self.norm2(x_QH, shift2, scale2))
-        return gated_residual(x_QH, F.dropout(update, self.dropout, self.training), gate2)
+        return gated_residual(x_QH, dropout(update, self.dropout, self.training), gate2)
 
 
 class OutputLayer(nn.Module):

@@ -27,6 +27,12 @@ _CPU_CHUNK_LOGITS = 1 << 24
 _GPU_CHUNK_LOGITS = 1 << 27
 
 
+def chunk_rows(vocabulary: int, device_type: str) -> int:
+    """How many hidden states have their logits made at once, on a rank with that many rows of the vocabulary."""
+    limit = _CPU_CHUNK_LOGITS if device_type == "cpu" else _GPU_CHUNK_LOGITS
+    return max(1, limit // vocabulary)
+
+
 def _alone(values: Tensor) -> Tensor:
     return values
 
@@ -66,15 +72,25 @@ def chunked_nll(
         loss_weights: fp32 `[...]`; the loss must be a multiple of the sum of weights x NLLs. None allows any.
     """
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return chunked_nll(
+                hidden.to(dtype),
+                weight_VH.to(dtype),
+                bias_V.to(dtype),
+                targets,
+                excluded_id,
+                loss_weights,
+                held,
+            )
+    arguments = hidden.flatten(0, -2), weight_VH, bias_V
     chunks = _Chunks(targets.flatten(), excluded_id, held)
-    arguments = hidden.flatten(0, -2).to(dtype), weight_VH.to(dtype), bias_V.to(dtype)
-    with torch.autocast(device, enabled=False):
-        if torch.is_grad_enabled():
-            loss_weights_T = None if loss_weights is None else loss_weights.flatten()
-            nll_T = _ChunkedNLL.apply(*arguments, loss_weights_T, chunks)
-        else:
-            nll_T, _ = chunks.nll(*arguments)
+    if torch.is_grad_enabled():
+        loss_weights_T = None if loss_weights is None else loss_weights.flatten()
+        nll_T = _ChunkedNLL.apply(*arguments, loss_weights_T, chunks)
+    else:
+        nll_T, _ = chunks.nll(*arguments)
     return nll_T.view(targets.shape)
 
 
@@ -132,8 +148,7 @@ class _Chunks:
     ) -> tuple[Tensor, list[Tensor]]:
         """NLLs `[T]`; given loss weights, also the gradients of their weighted sum: hidden, weight, bias."""
         tokens, vocabulary = len(hidden_TH), len(weight_VH)
-        limit = _CPU_CHUNK_LOGITS if hidden_TH.device.type == "cpu" else _GPU_CHUNK_LOGITS
-        chunk = min(tokens, max(1, limit // vocabulary))
+        chunk = min(tokens, chunk_rows(vocabulary, hidden_TH.device.type))
         nll_T = hidden_TH.new_empty(tokens, dtype=torch.float32)
         d_hidden_TH = torch.empty_like(hidden_TH)
         d_weight_VH, d_bias_V = (

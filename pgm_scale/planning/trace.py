@@ -103,7 +103,8 @@ class Trace(TorchDispatchMode):
         if function.namespace == "c10d":
             self._count_collective(function, inputs)
         elif any(is_new) or function._schema.is_mutable:
-            self._count_kernel(function, inputs, outputs)
+            read = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]  # without an `out`
+            self._count_kernel(function, read, outputs)
         return result
 
     def _watch(self, tensor: Tensor, size_bytes: int) -> bool:

@@ -1,13 +1,14 @@
 """What one unit of each kind costs a rank: memory, time and traffic, for any micro-batch.
 
 A stage's cost is the sum over its units (plus what it has once), and a unit's is the difference between two
-short spans that differ by it, traced in the model's own code on a tensor-parallel rank. Everything grows
-linearly with the micro-batch beyond a constant (weights and their gradients), so two sizes tell all.
+short spans that differ by it, traced in the model's own code on a tensor-parallel rank. Everything grows in
+straight lines with the micro-batch, so a few sizes tell all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from pgm_scale.config import (
     ParallelConfig,
     PartitionTransformerConfig,
 )
+from pgm_scale.models.chunked_nll import chunk_rows
 from pgm_scale.models.layers import LayerBuilder
 from pgm_scale.models.stages import Span, is_shared, unit_kinds
 from pgm_scale.parallel.construction import build_part, layer_builder
@@ -29,17 +31,30 @@ from pgm_scale.planning.trace import Footprint, trace_passes
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A footprint by the sequences of a micro-batch, as `at(n)` = `constant` + n * `each`."""
+class Curve:
+    """A footprint by the sequences of a micro-batch: straight lines through the sizes that were traced.
 
-    constant: Footprint
-    each: Footprint
+    Attributes:
+        points: at least two, by ascending size; the outer lines go on beyond them.
+    """
+
+    points: tuple[tuple[int, Footprint], ...]
 
     def at(self, sequences: int) -> Footprint:
-        return self.constant + self.each * sequences
+        lines = list(pairwise(self.points))
+        (low, at_low), (high, at_high) = next((line for line in lines if sequences <= line[1][0]), lines[-1])
+        return at_low + (at_high - at_low) * ((sequences - low) / (high - low))
 
-    def __sub__(self, other: Linear) -> Linear:
-        return Linear(self.constant - other.constant, self.each - other.each)
+    def __sub__(self, other: Curve) -> Curve:
+        """Of two curves through the same sizes."""
+        return Curve(
+            tuple((n, own - its) for (n, own), (_, its) in zip(self.points, other.points, strict=True))
+        )
+
+    def with_extra_of(self, other: Curve) -> Curve:
+        """This curve with the other's `extra_bytes`."""
+        pairs = zip(self.points, other.points, strict=True)
+        return Curve(tuple((n, replace(own, extra_bytes=its.extra_bytes)) for (n, own), (_, its) in pairs))
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,8 @@ class UnitCosts:
         shared_parameters: of those that every stage has.
     """
 
-    by_kind: dict[str, Linear]
-    once: Linear
+    by_kind: dict[str, Curve]
+    once: Curve
     parameters: dict[str, tuple[int, ...]]
     shared_parameters: tuple[int, ...]
 
@@ -98,9 +113,7 @@ def _two_of_each_block(model: ModelConfig) -> ModelConfig:
     return replace(model, num_blocks=2)
 
 
-# Micro-batches to trace. A peak is the larger of what grows with the batch and what does not (the gradient of a
-# weight): the straight line through two sizes far apart is not below it between them.
-_SMALL, _LARGE = 1, 64
+_MANY = 64
 
 
 class _Probe:
@@ -111,18 +124,15 @@ class _Probe:
     ) -> None:
         self.workload, self.sharing, self.hardware, self.layers = workload, sharing, hardware, layers
         self.kinds = unit_kinds(workload.model)
-        self._spans: dict[tuple[bool, *tuple[str, ...]], Linear] = {}
+        self._spans: dict[tuple[bool, *tuple[str, ...]], Curve] = {}
 
-    def unit(self, kind: str, recompute: bool = False) -> Linear:
+    def unit(self, kind: str, recompute: bool = False) -> Curve:
         """What a unit adds to the stage of a neighbour; its passes' extra memory is that of the unit alone."""
         alone, neighbours = self.span(kind, recompute=recompute), self._neighbours(kind)
         unit_first = self.kinds.index(kind) < self.kinds.index(neighbours[0])
         together = (kind, *neighbours) if unit_first else (*neighbours, kind)
         own = self.span(*together, recompute=recompute) - self.span(*neighbours, recompute=recompute)
-        return Linear(
-            replace(own.constant, extra_bytes=alone.constant.extra_bytes),
-            replace(own.each, extra_bytes=alone.each.extra_bytes),
-        )
+        return own.with_extra_of(alone)
 
     def _neighbours(self, kind: str) -> tuple[str, ...]:
         """Blocks next to a unit that make stages which end with a single stream, with the unit and without."""
@@ -131,7 +141,7 @@ class _Probe:
         before, after = self.kinds[: self.kinds.index(kind)], self.kinds[self.kinds.index(kind) + 1 :]
         return after[:2] if after else before[-1:]
 
-    def span(self, *kinds: str, recompute: bool = False) -> Linear:
+    def span(self, *kinds: str, recompute: bool = False) -> Curve:
         """The footprint of a stage of these consecutive units, the last such ones of the model."""
         if (recompute, *kinds) not in self._spans:
             self._spans[recompute, *kinds] = self._trace(kinds, recompute)
@@ -155,7 +165,7 @@ class _Probe:
         )
         return stage, first
 
-    def _trace(self, kinds: tuple[str, ...], recompute: bool) -> Linear:
+    def _trace(self, kinds: tuple[str, ...], recompute: bool) -> Curve:
         workload, dtype = self.workload, self.workload.dtype
         stage, first = self._stage(kinds, recompute)
         for parameter in stage.parameters():
@@ -168,7 +178,19 @@ class _Probe:
             forward = stage_forward(stage, workload.model, first, batch, dtype, ranks)
             return trace_passes(forward, backward, self.hardware, workload.precision)
 
-        small = _SMALL if workload.length % self.sharing.tensor == 0 else self.sharing.tensor
-        at_small, at_large = footprint(small), footprint(_LARGE * small)
-        each = (at_large - at_small) * (1 / (_LARGE * small - small))
-        return Linear(at_small - each * small, each)
+        return Curve(tuple((sequences, footprint(sequences)) for sequences in self._sizes()))
+
+    def _sizes(self) -> list[int]:
+        """Micro-batches to trace: the least, those around a full chunk of logits, and many.
+
+        A peak is the larger of what grows with the batch and what does not (the gradient of a weight): the
+        straight line through two sizes is not below it between them. What stops growing has a size of its own.
+        """
+        workload, tensor = self.workload, self.sharing.tensor
+        least = (
+            1 if workload.length % tensor == 0 else tensor
+        )  # sequence parallelism shares the tokens evenly
+        many = _MANY * least
+        rows = chunk_rows(-(-workload.vocab_size // tensor), "cuda")
+        below = min(rows // (least * workload.length) * least, many)
+        return sorted({least, max(below, least), below + least, 2 * many})
