@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pgm_scale.models.host_matmul import onednn_product, uses_onednn
 
 # Logits of one chunk: 64 MB in fp32 on a CPU, where more does not help (2,048 rows, V 50,258, H 256, forward and
 # backward: 0.90 s with chunks of 64 rows, 0.72 s with 128, 0.70 s with 256 to 1,024), and 0.5 GB on a GPU.
@@ -155,12 +158,12 @@ class _Chunks:
             torch.zeros_like(x if loss_weights_T is not None else x[:0], dtype=torch.float32)
             for x in (weight_VH, bias_V)
         )
-        buffer_CV = hidden_TH.new_empty(chunk, vocabulary)
+        to_logits, to_hidden = self._products(weight_VH, bias_V, chunk)
         for start in range(0, tokens, max(1, chunk)):
             rows = slice(start, start + chunk)
             hidden_CH = hidden_TH[rows]
-            logits_CV = torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=buffer_CV[: len(hidden_CH)])
-            nll_T[rows], exp_CV, sum_C = self._softmax(logits_CV.float(), self.targets_T[rows])
+            logits_CV = to_logits(hidden_CH).float()
+            nll_T[rows], exp_CV, sum_C = self._softmax(logits_CV, self.targets_T[rows])
             if loss_weights_T is None:
                 continue
             own_C1, is_own_C1 = self._own(self.targets_T[rows, None], vocabulary)
@@ -169,12 +172,32 @@ class _Chunks:
             d_logits_CV.scatter_add_(1, own_C1, torch.where(is_own_C1, -weights_C1, 0.0))
             d_bias_V += d_logits_CV.sum(0)
             d_logits_CV = d_logits_CV.to(hidden_TH.dtype)
-            torch.mm(d_logits_CV, weight_VH, out=d_hidden_TH[rows])
+            d_hidden_TH[rows] = to_hidden(d_logits_CV)
             if d_weight_VH.dtype == hidden_TH.dtype:
                 d_weight_VH.addmm_(d_logits_CV.t(), hidden_CH)
             else:
                 d_weight_VH += d_logits_CV.t() @ hidden_CH
         return nll_T, [d_hidden_TH, d_weight_VH, d_bias_V]
+
+    @staticmethod
+    def _products(
+        weight_VH: Tensor, bias_V: Tensor, chunk: int
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """hidden -> logits, into memory that the next chunk overwrites, and the gradients' way back."""
+        if uses_onednn(weight_VH):
+            # Laid out once for all chunks.
+            to_logits, to_hidden = (
+                torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), chunk)
+                for weight in (weight_VH, weight_VH.t())
+            )
+            return partial(onednn_product, weight_OI=to_logits, bias_O=bias_V), partial(
+                onednn_product, weight_OI=to_hidden
+            )
+        buffer_CV = weight_VH.new_empty(chunk, len(weight_VH))
+        return (
+            lambda hidden_CH: torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=buffer_CV[: len(hidden_CH)]),
+            lambda d_logits_CV: d_logits_CV @ weight_VH,
+        )
 
     def _softmax(self, logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """NLLs, exp(logits - largest) in the place of the logits, and their sums over the whole vocabulary."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgm_scale.models.host_matmul import HostLinear
 from pgm_scale.models.initialization import fill_with, ones, uniform, zeros
 from pgm_scale.models.vocabulary import VocabularyEmbedding, VocabularyLinear
 
@@ -65,13 +66,13 @@ class LocalLayers:
     def column_linear(
         self, in_features: int, out_features: int, bias: bool, fused_parts: int = 1
     ) -> nn.Module:
-        return fill_linear(nn.Linear(in_features, out_features, bias), in_features)
+        return fill_linear(HostLinear(in_features, out_features, bias), in_features)
 
     def row_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return fill_linear(nn.Linear(in_features, out_features, bias), in_features)
+        return fill_linear(HostLinear(in_features, out_features, bias), in_features)
 
     def replicated_linear(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return fill_linear(nn.Linear(in_features, out_features, bias), in_features)
+        return fill_linear(HostLinear(in_features, out_features, bias), in_features)
 
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         return VocabularyEmbedding(vocab_size, hidden_size)

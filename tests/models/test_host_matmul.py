@@ -1,0 +1,62 @@
+"""oneDNN's products, forced on whatever the CPU, against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pgm_scale.models import chunked_nll, host_matmul
+from pgm_scale.models.chunked_nll import VocabularyRange
+from pgm_scale.models.host_matmul import HostLinear
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(host_matmul, "onednn_is_faster", lambda: True)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_linear_and_its_gradients(has_bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = HostLinear(24, 40, has_bias)
+    x = torch.randn(33, 24, requires_grad=True)
+    weights = torch.randn(33, 40)
+    parameters = [x, *linear.parameters()]
+    actual, expected = linear(x), F.linear(x, linear.weight, linear.bias)
+    assert "OneDNN" in type(actual.grad_fn).__name__
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for own, its in zip(
+        torch.autograd.grad((actual * weights).sum(), parameters),
+        torch.autograd.grad((expected * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, its, rtol=1e-5, atol=1e-4)
+
+
+def test_only_fp32_outside_autocast_goes_there() -> None:
+    linear = HostLinear(8, 8)
+    assert "OneDNN" not in type(linear.double()(torch.randn(2, 8).double()).grad_fn).__name__
+    linear.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(torch.randn(2, 8)).dtype == torch.bfloat16
+
+
+def test_the_chunked_nll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_nll, "_CPU_CHUNK_LOGITS", 8 * 50)
+    torch.manual_seed(0)
+    arguments = [torch.randn(s, requires_grad=True) for s in ((21, 16), (50, 16), (50,))]
+    targets_T, weights_T = torch.randint(50, (21,)), torch.rand(21)
+    hidden_TH, weight_VH, bias_V = arguments
+    actual = chunked_nll.chunked_nll(
+        hidden_TH, weight_VH, bias_V, targets_T, None, weights_T, VocabularyRange(50)
+    )
+    expected = F.cross_entropy(F.linear(*arguments), targets_T, reduction="none")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for own, its in zip(
+        torch.autograd.grad((actual * weights_T).sum(), arguments),
+        torch.autograd.grad((expected * weights_T).sum(), arguments),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, its, rtol=1e-5, atol=1e-5)
