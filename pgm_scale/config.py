@@ -216,6 +216,7 @@ class CheckpointConfig:
     interval_steps: int = 1000
     keep_last: int = 3
     milestone_interval_steps: int = 0  # steps divisible by it are kept for ever; 0 keeps none
+    asynchronous: bool = True  # train while it is written, from a copy on the host (16 bytes/parameter)
 
 
 @dataclass(frozen=True)

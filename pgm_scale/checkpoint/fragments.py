@@ -1,4 +1,4 @@
-"""Fragments: what one rank owns of the model and optimizer, and the file it writes them to.
+"""Fragments: what one rank owns of the model and optimizer, and the format of the file they are in.
 
 A fragment is a flat range of a tensor-parallel shard, and the shard is a slice of a whole tensor, so a file says
 nothing of the layout that wrote it. The file is plain safetensors. Each tensor in it is 1-D fp32; its key is
@@ -12,28 +12,27 @@ knew whole tensors only; readers refuse a version they do not know.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from pgm_scale.errors import UserError
 from pgm_scale.tensor_slices import TensorSlice
 
+assert sys.byteorder == "little", "values are written as they lie in memory"
+
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TensorKey = tuple[Kind, str]  # kind and parameter name
 FORMAT = "pgm-scale fragments 2"
 READABLE_FORMATS = ("pgm-scale fragments 1", FORMAT)
-_CHUNK_ELEMENTS = 4 << 20
 _KEY = re.compile(r"(\w+)/(.*?)(?:@(\d+):(\d+):(\d+))?@(\d+)", re.DOTALL)
 
 
@@ -84,49 +83,8 @@ class Piece:
     length: int
 
 
-def write_fragments(
-    path: Path,
-    fragments: Iterable[tuple[Kind, Fragment]],
-    progress: Callable[[str], None] = lambda _: None,
-) -> FileEntry:
-    """Write one rank's fragments and wait until they are on the disk.
-
-    The hash is taken from the bytes on their way out, which saves reading the file again; at load it tells
-    whether the disk holds what was meant. The extra memory of a save is one chunk on the host, given that
-    `fragments` yields views of what the rank holds anyway.
-
-    Raises:
-        OSError: the disk is full, the folder is read-only, ...
-    """
-    owned = list(fragments)
-    digest = hashlib.sha256()
-    size_bytes = 0
-    with open(path, "wb") as file:
-        for chunk in _chunks(owned):
-            digest.update(chunk)
-            size_bytes += file.write(chunk)
-            progress(f"writing {path.name}")
-        file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(path.name, size_bytes, digest.hexdigest())
-
-
-def _chunks(owned: list[tuple[Kind, Fragment]]) -> Iterator[memoryview]:
-    """The bytes of the safetensors file: header length, header, then the values in header order.
-
-    A chunk is valid until the next one: all values go through one buffer on the host, because freed buffers
-    of this size would stay in the heap and add up to several.
-    """
-    header = _header(owned)
-    yield memoryview(len(header).to_bytes(8, "little") + header)
-    buffer = torch.empty(_CHUNK_ELEMENTS, dtype=torch.float32)
-    for _, fragment in owned:
-        for values in fragment.values.detach().split(_CHUNK_ELEMENTS):
-            host = buffer[: len(values)].copy_(values).numpy().astype("<f4", copy=False)
-            yield memoryview(host.view(np.uint8).data)
-
-
-def _header(owned: list[tuple[Kind, Fragment]]) -> bytes:
+def file_header(owned: Sequence[tuple[Kind, Fragment]]) -> bytes:
+    """What a file begins with: the length of its description, and that; the values follow in the same order."""
     shapes = {fragment.name: list(fragment.slice.global_shape) for _, fragment in owned}
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "shapes": json.dumps(shapes)}}
     end = 0
@@ -138,7 +96,8 @@ def _header(owned: list[tuple[Kind, Fragment]]) -> bytes:
         begin, end = end, end + 4 * len(fragment.values)
         header[key] = {"dtype": "F32", "shape": [len(fragment.values)], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    return text + b" " * (-len(text) % 8)  # the format aligns the values to 8 bytes
+    text += b" " * (-len(text) % 8)  # the format aligns the values to 8 bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 def list_pieces(path: Path) -> list[tuple[TensorKey, Piece]]:

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgm_scale.checkpoint.fragments import FileEntry, Fragment, Kind, write_fragments
+from pgm_scale.checkpoint.fragments import FileEntry, Fragment, Kind
+from pgm_scale.checkpoint.host_buffers import HostBuffers
 from pgm_scale.checkpoint.manifest import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -32,6 +33,7 @@ from pgm_scale.checkpoint.manifest import (
     read_manifest,
 )
 from pgm_scale.checkpoint.peers import describe
+from pgm_scale.checkpoint.writing import write_fragments
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes, fsync_folder, sha256_file, write_synced
 
@@ -80,9 +82,11 @@ class StepFolders:
         rank: int,
         fragments: Iterable[tuple[Kind, Fragment]],
         progress: Callable[[str], None] = lambda _: None,
+        buffers: HostBuffers | None = None,
+        copied: Callable[[], None] | None = None,
     ) -> FileEntry:
-        """Write and sync one rank's own file; the hash is taken while writing. Raises: OSError."""
-        return write_fragments(self.saving(step) / rank_file_name(rank), fragments, progress)
+        """Write and sync one rank's own file, see `write_fragments`. Raises: OSError."""
+        return write_fragments(self.saving(step) / rank_file_name(rank), fragments, progress, buffers, copied)
 
     def commit(self, step: int, entries: Sequence[FileEntry], state: dict[str, Any]) -> None:
         """Rank 0, after all ranks have written: make the step durable and visible, in the order above.

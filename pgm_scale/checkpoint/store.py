@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pgm_scale.checkpoint.fragments import Fragment, Kind, TensorKey
+from pgm_scale.checkpoint.background import BackgroundWrite
+from pgm_scale.checkpoint.fragments import FileEntry, Fragment, Kind, TensorKey
+from pgm_scale.checkpoint.host_buffers import HostBuffers
 from pgm_scale.checkpoint.manifest import STATE_NAME, Problem, find_problems, join, read_manifest
 from pgm_scale.checkpoint.peers import ALONE, Peers, describe
 from pgm_scale.checkpoint.reader import Index, Wanted, assemble, build_index, check_names
@@ -23,8 +27,17 @@ from pgm_scale.tensor_slices import TensorSlice
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SaveUnderWay:
+    """A save that every rank has started and none has committed."""
+
+    step: int
+    write: BackgroundWrite
+    state: dict[str, Any]
+
+
 class CheckpointStore:
-    """The checkpoints below `run_folder`; `folders` are its parts for a writer that saves in the background.
+    """The checkpoints below `run_folder`; `folders` are its files as one process sees them.
 
     Methods marked collective must be called by all `peers` together; they raise on all of them or on none.
     Whoever writes holds the folder's `RunLock`; readers of a live run need none.
@@ -33,6 +46,8 @@ class CheckpointStore:
     def __init__(self, run_folder: str | Path, peers: Peers = ALONE) -> None:
         self.folders = StepFolders(run_folder)
         self.peers = peers
+        self.under_way: SaveUnderWay | None = None
+        self._buffers = HostBuffers()
         self._verified_step: int | None = None
 
     def save(self, step: int, fragments: Iterable[tuple[Kind, Fragment]], state: dict[str, Any]) -> bool:
@@ -49,19 +64,67 @@ class CheckpointStore:
             UserError: on all ranks (disk full, read-only folder, ...). Earlier steps are intact.
         """
         folders, peers = self.folders, self.peers
+        if not self._begin(step):
+            return False
+        self._commit(
+            step,
+            lambda: folders.write_rank(step, peers.rank, fragments, peers.progress, self._buffers),
+            state,
+        )
+        return True
+
+    def start(self, step: int, fragments: Iterable[tuple[Kind, Fragment]], state: dict[str, Any]) -> bool:
+        """Collective: `save` in the background, up to the commit, which is for `finish`. Same arguments and errors.
+
+        The fragments' values must not change before `under_way.write.wait_until_copied` has returned. The copy
+        takes as much memory on the host as they do; it is kept for the next save.
+        """
+        assert self.under_way is None, "one save at a time"
+        if not self._begin(step):
+            return False
+        folders, rank, buffers = self.folders, self.peers.rank, self._buffers
+        write = BackgroundWrite(
+            lambda progress, copied: folders.write_rank(step, rank, fragments, progress, buffers, copied)
+        )
+        self.under_way = SaveUnderWay(step, write, state)
+        return True
+
+    def finish(self) -> None:
+        """Collective: wait for all ranks' writes of the save that was started, and commit it.
+
+        Raises:
+            UserError: as `save`.
+        """
+        assert self.under_way is not None
+        save, self.under_way = self.under_way, None
+        self._commit(save.step, lambda: save.write.result(self.peers.progress), save.state)
+
+    def give_up(self) -> None:
+        """Before this process ends by an error: the save under way, if any, is lost."""
+        if self.under_way is not None:
+            self.under_way.write.give_up()
+
+    def _begin(self, step: int) -> bool:
+        with self._failing_whole(step):
+            return self.peers.first(lambda: self.folders.begin(step))
+
+    def _commit(self, step: int, write: Callable[[], FileEntry], state: dict[str, Any]) -> None:
+        with self._failing_whole(step):
+            entries = self.peers.each(write)
+            self.peers.first(lambda: self.folders.commit(step, entries, state))
+
+    @contextmanager
+    def _failing_whole(self, step: int) -> Iterator[None]:
+        """No rank writes any more when `Peers` raises: what there is of the step can go."""
         try:
-            if not peers.first(lambda: folders.begin(step)):
-                return False
-            entries = peers.each(lambda: folders.write_rank(step, peers.rank, fragments, peers.progress))
-            peers.first(lambda: folders.commit(step, entries, state))
+            yield
         except UserError as error:
-            if peers.rank == 0:
-                folders.abandon(step)
+            if self.peers.rank == 0:
+                self.folders.abandon(step)
             raise UserError(
-                f"checkpoint of step {step} not saved in {folders.folder}: {error}; "
+                f"checkpoint of step {step} not saved in {self.folders.folder}: {error}; "
                 "earlier checkpoints are intact"
             ) from error
-        return True
 
     def purge(self, keep_last: int, milestone_interval_steps: int = 0) -> list[int]:
         """Delete old steps, after a save; acts on rank 0 only and returns the deleted steps.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,17 +26,46 @@ class Checkpointer:
         self.store = store
         self.engine = engine
         self.ema = ema
-        self.seconds = 0.0  # spent in saves since it was last set to 0
+        self.seconds = 0.0  # that saves have held up training, since it was last set to 0
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank has still to write its part of the save under way."""
+        return self.store.under_way is not None and self.store.under_way.write.is_running
+
+    @property
+    def has_failed(self) -> bool:
+        return self.store.under_way is not None and self.store.under_way.write.has_failed
 
     def save(self, step: int, state: dict[str, Any]) -> bool:
         """Collective. False when this step had been saved before."""
+        with self._timed():
+            return self.store.save(step, self._owned_fragments(), self._full_state(step, state))
+
+    def start(self, step: int, state: dict[str, Any]) -> bool:
+        """Collective: save in the background; the next update must come after `wait_until_copied`."""
+        with self._timed():
+            return self.store.start(step, self._owned_fragments(), self._full_state(step, state))
+
+    def wait_until_copied(self) -> None:
+        """Before weights, moments or EMA change: wait for the save under way, if any, to have copied them."""
+        if self.store.under_way is not None:
+            with self._timed():
+                self.store.under_way.write.wait_until_copied(self.store.peers.progress)
+
+    def finish(self) -> None:
+        """Collective: wait for the save under way and commit it."""
+        with self._timed():
+            self.store.finish()
+
+    def _full_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "step": step, "ema_updates": self.ema.updates if self.ema is not None else 0}
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         start_s = time.perf_counter()
-        ema_updates = self.ema.updates if self.ema is not None else 0
-        saved = self.store.save(
-            step, self._owned_fragments(), {**state, "step": step, "ema_updates": ema_updates}
-        )
+        yield
         self.seconds += time.perf_counter() - start_s
-        return saved
 
     def restore(self, step: int) -> dict[str, Any]:
         """Collective: load a verified step into the engine and the EMA, and return its state.

@@ -18,7 +18,7 @@ from pgm_scale.config import RunConfig
 from pgm_scale.data.loader import BatchStream, TokenLoader
 from pgm_scale.data.order import BatchPlan, GlobalOrder
 from pgm_scale.data.storage import SplitStorage, open_splits
-from pgm_scale.errors import Preempted, UserError
+from pgm_scale.errors import NonFiniteError, Preempted, UserError
 from pgm_scale.evaluation.time_buckets import TimeBuckets
 from pgm_scale.evaluation.validation import validate, validation_loader
 from pgm_scale.files import finite
@@ -173,7 +173,11 @@ class TrainingRun:
         """Train until the last step, or until a signal has been seen by any rank."""
         with ExitStack() as stack:
             stack.callback(self._close)
-            self._loop(stop)
+            try:
+                self._loop(stop)
+            except NonFiniteError:  # on all ranks, so they can still commit what was good before
+                self._finish_save()
+                raise
 
     def _loop(self, stop: StopFlag) -> None:
         config = self.config
@@ -195,6 +199,7 @@ class TrainingRun:
                     self.ema,
                     config,
                     self.mesh,
+                    self.checkpointer,
                     stop.signal_name is not None,
                 )
                 self._after_step(step + 1, result, stream)
@@ -237,14 +242,16 @@ class TrainingRun:
         records = validates or saves or step % config.training.log_interval_steps == 0
         record = self._record(step, result, stream) if records else {}
         paused_s = time.perf_counter()
+        if result.save_ended:
+            self._finish_save()
         if result.stop_requested:
             self._save(step)  # first, as the scheduler may not wait for a validation
         if validates:
             record |= self._validate(step)
         if records:
             self._write(step, record)
-        if saves:
-            self._save(step)  # after the record, which a resume from this step must find
+        if saves and not result.stop_requested:  # after the record, which a resume from this step must find
+            self._save(step, in_background=config.checkpoint.asynchronous and not last)
         self.throughput.exclude(time.perf_counter() - paused_s)
 
     def _record(self, step: int, result: StepResult, stream: BatchStream[MicroBatch]) -> dict[str, Any]:
@@ -301,10 +308,28 @@ class TrainingRun:
             "validation_perplexity_standard_error": perplexity.perplexity_standard_error,
         }
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, in_background: bool = False) -> None:
+        self._finish_save()
+        self._check_lock()
+        state = {"run_id": self.identity.run_id}
+        if in_background:
+            self.checkpointer.start(step, state)
+        else:
+            self.checkpointer.save(step, state)
+            self._purge()
+
+    def _finish_save(self) -> None:
+        """Wait for the save under way, if there is one, and commit it. Collective."""
+        if self.store.under_way is not None:
+            self._check_lock()
+            self.checkpointer.finish()
+            self._purge()
+
+    def _check_lock(self) -> None:
         if self.lock is not None:
             self.store.peers.first(self.lock.check)
-        self.checkpointer.save(step, {"run_id": self.identity.run_id})
+
+    def _purge(self) -> None:
         keep = self.config.checkpoint
         self.store.purge(keep.keep_last, keep.milestone_interval_steps)
 
@@ -318,6 +343,7 @@ class TrainingRun:
         self.tracker.log(step, finite(scalars))
 
     def _close(self) -> None:
+        self.store.give_up()
         self.console.close()
         self.tracker.close()
         if self.file is not None:

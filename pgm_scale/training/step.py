@@ -18,6 +18,7 @@ from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import learning_rate
+from pgm_scale.training.checkpointing import Checkpointer
 from pgm_scale.training.ema import ExponentialMovingAverage
 
 
@@ -40,13 +41,18 @@ def prepare_micro_batch(objective: Objective, batch: TokenBatch, draws: DrawSpec
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global values of one step, equal on all ranks, and this rank's terms for the log (on the last stage)."""
+    """Global values of one step, equal on all ranks, and this rank's terms for the log (on the last stage).
+
+    Attributes:
+        save_ended: all ranks have written their parts of the save under way, or one could not.
+    """
 
     loss: float
     scored_tokens: int
     gradient_norm: float
     learning_rate: float
     stop_requested: bool
+    save_ended: bool
     terms: list[LossTerms]
 
 
@@ -58,6 +64,7 @@ def training_step(
     ema: ExponentialMovingAverage | None,
     config: RunConfig,
     mesh: Mesh,
+    checkpointer: Checkpointer,
     stop_requested: bool,
 ) -> StepResult:
     """Update the weights with the mean loss over the scored tokens of the global batch.
@@ -92,17 +99,21 @@ def training_step(
         [micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)]
     )
     loss = float(sum(losses))  # 0 on the stages of a pipeline that do not compute it
-    refused, stops = mesh.any(np.array([not math.isfinite(loss), stop_requested], np.float64))
+    flags = [not math.isfinite(loss), stop_requested, checkpointer.is_writing, checkpointer.has_failed]
+    refused, stops, save_writes, save_failed = mesh.any(np.array(flags, np.float64))
     if refused:
         _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)
     global_loss = float(mesh.sum(np.array([loss]))[0])
     rate = learning_rate(config.optimizer, step, config.training.steps)
+    checkpointer.wait_until_copied()
     mesh.progress(f"update of step {step}")
     if not engine.step(rate):
         _refuse_non_finite("gradient norm", step, True, batches, mesh)
     if ema is not None:
         ema.update()
-    return StepResult(global_loss, int(scored_tokens), engine.gradient_norm, rate, bool(stops), kept)
+    save_ended = bool(save_failed or not save_writes)
+    norm = engine.gradient_norm
+    return StepResult(global_loss, int(scored_tokens), norm, rate, bool(stops), save_ended, kept)
 
 
 def seed_dropout(*coordinates: int) -> None:

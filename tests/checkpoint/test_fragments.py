@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pgm_scale.checkpoint.fragments import Fragment, Kind, list_pieces, write_fragments
+from pgm_scale.checkpoint.fragments import Fragment, Kind, list_pieces
+from pgm_scale.checkpoint.writing import write_fragments
 from pgm_scale.errors import UserError
 from pgm_scale.tensor_slices import TensorSlice
 
@@ -51,8 +52,8 @@ def test_a_name_that_reads_as_a_slice_is_our_own_bug(tmp_path):
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_values_are_written_in_chunks_without_a_copy_of_the_whole(tmp_path, monkeypatch, step):
-    monkeypatch.setattr("pgm_scale.checkpoint.fragments._CHUNK_ELEMENTS", 16)
-    values = torch.arange(1000.0)[::step]
+    monkeypatch.setattr("pgm_scale.checkpoint.host_buffers.CHUNK_BYTES", 4096)
+    values = torch.arange(20_000.0)[::step]
     whole = TensorSlice.whole(values.shape)
     entry = write_fragments(tmp_path / "rank", [("weight", Fragment("w", whole, 0, values))])
     assert torch.equal(load_file(tmp_path / "rank")["weight/w@0"], values)
