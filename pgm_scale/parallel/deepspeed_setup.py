@@ -10,9 +10,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import nn
 
 from pgm_scale.config import RunConfig
+from pgm_scale.parallel.layout import applied_zero_stage
 from pgm_scale.parallel.mesh import Mesh
 
 # Otherwise DeepSpeed compiles a kernel for all-reduce in shared memory at the first start on a CPU (its `zero.Init`
@@ -20,29 +22,38 @@ from pgm_scale.parallel.mesh import Mesh
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def zero_stage(config: RunConfig, mesh: Mesh) -> int:
+    """The stage that DeepSpeed is given."""
+    parallel = config.parallel
+    needs_partitions = mesh.stages > 1 or parallel.offload_optimizer
+    return applied_zero_stage(
+        parallel.zero_stage, mesh.data_ranks, config.training.precision, needs_partitions
+    )
+
+
 def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """DeepSpeed's settings for a run on a mesh."""
+    """DeepSpeed's settings for a run on a mesh. It does not clip: `optimizer.clip_in_update` does."""
     training, parallel = config.training, config.parallel
+    stage = zero_stage(config, mesh)
     accumulation = training.global_batch_sequences // (training.micro_batch_sequences * mesh.data_ranks)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_sequences,
         # A pipeline hands over the gradients of all micro-batches at once.
         "gradient_accumulation_steps": 1 if mesh.stages > 1 else accumulation,
-        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # left out, it would be 1.0
         "steps_per_print": 1 << 62,
     }
-    if parallel.zero_stage > 0:
-        settings["gradient_clipping"] = config.optimizer.gradient_clip_norm
     if parallel.offload_optimizer:
         pinned = mesh.device.type == "cuda"
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
         # Torch's fused AdamW does the same and needs no compiler.
         settings["zero_force_ds_cpu_optimizer"] = False
-    if training.precision == "bf16" and parallel.zero_stage > 0:
-        # A pipeline's backward passes are not DeepSpeed's: ZeRO-1 has to add to its fp32 sums in hooks.
-        in_hooks = mesh.stages > 1
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": in_hooks}
+    if training.precision == "bf16" and stage > 0:
+        # ZeRO-1 adds each gradient to its fp32 sum in a hook and frees it. A pipeline needs that, as its backward
+        # passes are not DeepSpeed's; without one it saves 2 bytes a parameter.
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"  # twice the bytes; bf16 would round the sums
     return settings
@@ -63,6 +74,9 @@ def initialize(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=topology(mesh)
         )
+    if mesh.data_ranks == 1 and isinstance(engine.optimizer, torch.optim.Optimizer | BF16_Optimizer):
+        # A sum over one rank would copy all gradients into a bucket and back. (The others fill partitions by it.)
+        engine.enable_backward_allreduce = False
     return engine
 
 

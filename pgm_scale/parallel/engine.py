@@ -23,11 +23,17 @@ from pgm_scale.models.initialization import is_split, note_slices, tensor_slice
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
 from pgm_scale.models.stages import is_shared
 from pgm_scale.parallel.construction import build_part, layer_builder, materialize, stage_span
-from pgm_scale.parallel.deepspeed_setup import deepspeed_config, initialize, parameter_partition
+from pgm_scale.parallel.deepspeed_setup import (
+    deepspeed_config,
+    initialize,
+    parameter_partition,
+    zero_stage,
+)
+from pgm_scale.parallel.gradient_norm import total_norm
 from pgm_scale.parallel.host_device import megatron_device
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
-from pgm_scale.parallel.optimizer import build_adamw
+from pgm_scale.parallel.optimizer import build_adamw, clip_in_update
 from pgm_scale.parallel.state import (
     ParameterState,
     find_state,
@@ -49,11 +55,10 @@ class Engine:
     ) -> None:
         """`model` is on the mesh's device, with equal weights on all data-parallel ranks; `layers` made it."""
         self.mesh, self.layers = mesh, layers
-        self.zero_stage = config.parallel.zero_stage
+        self.zero_stage = zero_stage(config, mesh)
         self.micro_steps = config.training.global_batch_sequences // (
             config.training.micro_batch_sequences * mesh.data_ranks
         )
-        self._clip_norm = config.optimizer.gradient_clip_norm
         note_slices(model)
         self._mark_copies(model)
         # ZeRO-0 has no partition to hold fp32 master weights: keep fp32 weights and cast in the matmuls.
@@ -69,6 +74,7 @@ class Engine:
         settings = deepspeed_config(config, mesh)
         updates_on = torch.device("cpu") if config.parallel.offload_optimizer else mesh.device
         optimizer = build_adamw(model.parameters(), config.optimizer, updates_on)
+        clip_in_update(optimizer, config.optimizer.gradient_clip_norm, self._norm_of_update)
         self._engine = initialize(model, optimizer, settings, mesh)
         self._optimizer = optimizer
         self._stage = None
@@ -89,10 +95,10 @@ class Engine:
         span = stage_span(config.model, mesh, stage_units)
         recomputes = config.training.recompute_blocks
         model = build_part(config.model, vocab_size, length, layers, span, recomputes)
-        zero_stage = config.parallel.zero_stage
-        casts = config.training.precision == "bf16" and zero_stage > 0
+        stage = zero_stage(config, mesh)
+        casts = config.training.precision == "bf16" and stage > 0
         dtype = torch.bfloat16 if casts else torch.float32
-        partition = parameter_partition(config, mesh, dtype) if zero_stage == 3 else None
+        partition = parameter_partition(config, mesh, dtype) if stage == 3 else None
 
         def place(parameter: nn.Parameter) -> None:
             mesh.progress("drawing the initial weights")
@@ -141,7 +147,8 @@ class Engine:
         self._stage.run(steps, loss_scale=self.mesh.data_ranks)  # DeepSpeed averages over ranks
         self._sum_shared_gradients(zero)
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.allreduce_gradients()
+        if self._engine.enable_backward_allreduce:
+            self._engine.allreduce_gradients()
 
     def _sum_shared_gradients(self, zero: Any) -> None:
         """The parameters that every stage has get the sum of what the stages have computed for them."""
@@ -157,25 +164,32 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero_stage == 0:
-            self.gradient_norm = self._clip_replicated()
+            self.gradient_norm = self._norm_of_replicated()
             if not math.isfinite(self.gradient_norm):
                 return False
         self._engine.step()
         if self.zero_stage > 0:
-            self.gradient_norm = float(self._engine.get_global_grad_norm())
+            self.gradient_norm = self._norm_of_update()
         return math.isfinite(self.gradient_norm) and self.gradient_norm >= 0
 
-    def _clip_replicated(self) -> float:
+    def _norm_of_update(self) -> float:
+        """Of the gradients that DeepSpeed updates with; not finite, or negative, if it refuses them."""
+        return float(self.gradient_norm if self.zero_stage == 0 else self._engine.optimizer._global_grad_norm)
+
+    def _norm_of_replicated(self) -> float:
         """ZeRO-0: every data-parallel rank has the same gradients, of which DeepSpeed would not tell the norm."""
-        parameters = dict(self.module.named_parameters())
-        counted = [p.grad for name, p in parameters.items() if is_first_copy(name, p, self.mesh)]
-        norm = nn.utils.get_total_norm([g for g in counted if g is not None])
-        if self.mesh.groups is not None:
-            squared = norm.double() ** 2
-            dist.all_reduce(squared, group=self._groups.model)
-            norm = squared.sqrt().float()
-        nn.utils.clip_grads_with_norm_(parameters.values(), self._clip_norm, norm)
-        return float(norm)
+        gradients = []
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # it decays all the same, as in a partition
+            if is_first_copy(name, parameter, self.mesh):
+                gradients.append(parameter.grad)
+        norm = total_norm(gradients)
+        if self.mesh.groups is None:
+            return float(norm)
+        squared = norm.to(self.mesh.device, torch.float64) ** 2
+        dist.all_reduce(squared, group=self._groups.model)
+        return math.sqrt(squared)
 
     def train(self) -> None:
         self._engine.train()

@@ -24,6 +24,18 @@ def data_parallel_ranks(config: RunConfig, world_size: int) -> int:
     return world_size // (config.parallel.tensor * config.parallel.pipeline)
 
 
+def applied_zero_stage(zero_stage: int, data_ranks: int, precision: str, needs_partitions: bool) -> int:
+    """0 where ZeRO has nothing to share: one data-parallel rank that computes with its fp32 weights.
+
+    Every stage then holds the same bytes, but the partitions of 1 to 3 cost copies of gradients and weights.
+
+    Args:
+        needs_partitions: a pipeline or an offloaded optimizer, which work on them.
+    """
+    has_work = data_ranks > 1 or precision == "bf16" or needs_partitions
+    return zero_stage if has_work else 0
+
+
 def _world_problems(config: RunConfig, world_size: int) -> list[str]:
     parallel, training = config.parallel, config.training
     ranks_per_model = parallel.tensor * parallel.pipeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,6 +38,26 @@ def build_adamw(
         except RuntimeError:  # Apex was built without its CUDA extensions
             pass
     return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def clip_in_update(
+    optimizer: torch.optim.Optimizer, max_norm: float, global_norm: Callable[[], float]
+) -> None:
+    """Clip gradients to `max_norm` in the pass that updates the weights, which saves one over all gradients.
+
+    Torch's fused kernel divides by `grad_scale`, meant for mixed precision; Apex's has no such argument, so its
+    gradients are divided before it. `global_norm` is asked at each update, which it must be finite for.
+    """
+
+    def clip(*_: Any) -> None:
+        divisor = max(1.0, (global_norm() + 1e-6) / max_norm)
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.grad_scale = torch.tensor(divisor) if divisor > 1.0 else None  # type: ignore[attr-defined]
+        elif divisor > 1.0:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_div_(gradients, divisor)
+
+    optimizer.register_step_pre_hook(clip)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

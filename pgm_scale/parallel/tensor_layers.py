@@ -2,9 +2,9 @@
 parallelism, Korthikanti et al. 2022).
 
 Every split parameter carries its `slice`, so that initial values and checkpoints know which part of the whole it
-is; one without is whole, and equal, on every rank (until `note_slices` writes that on it too). With sequence parallelism the tensors between two
-blocks are `[T / ranks, H]`: each rank normalises its own tokens, and whole parameters get partial gradients, which
-`sum_partial_gradients` adds up.
+is (`note_slices` then writes on all others that they are whole, and equal on every rank). With sequence parallelism
+the tensors between two blocks are `[T / ranks, H]`: each rank normalises its own tokens, and whole parameters get
+partial gradients, which `sum_partial_gradients` adds up.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class TensorParallelLayers:
         return gather_from_sequence_parallel_region(x, group=self.group) if self.sequence_parallel else x
 
     def padded(self, vocab_size: int) -> int:
-        """Rows of the split vocabulary: filled up at its end, maybe over several ranks, and never predicted there."""
+        """Rows of the split vocabulary: padded at its end, maybe over several ranks; padding is never predicted."""
         return -(-vocab_size // self.tensor_parallel_size) * self.tensor_parallel_size
 
     def _settings(self, config: ModelParallelConfig) -> dict[str, Any]:

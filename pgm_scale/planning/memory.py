@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 
+from pgm_scale.parallel.layout import applied_zero_stage
 from pgm_scale.planning.layouts import Layout, Workload
 from pgm_scale.planning.stages import Stage
 
@@ -23,7 +24,7 @@ class RankMemory:
 
     Attributes:
         weights: what the model computes with.
-        gradients: summed ones, and the last micro-batch's before they are added.
+        gradients: their sums over the micro-batches, to which ZeRO-1 in bf16 adds each as soon as it is there.
         master: fp32 weights that the optimizer updates, where they are not the weights themselves.
         moments: Adam's two.
         ema: of the weights.
@@ -52,8 +53,11 @@ def rank_memory(workload: Workload, layout: Layout, stage: Stage) -> RankMemory:
     Activations are at their peak while the first micro-batch that is still in flight goes backward. Reductions
     of gradients meet that peak only where the gradients overflow a bucket: otherwise they follow the pass.
     """
-    states = _states(stage.parameters, layout, workload)
-    standing, reduction = _buffers(stage.parameters, layout.data, layout.zero_stage, workload)
+    zero_stage = applied_zero_stage(
+        layout.zero_stage, layout.data, workload.precision, needs_partitions=layout.pipeline > 1
+    )
+    states = _states(stage.parameters, layout.data, zero_stage, workload)
+    standing, reduction = _buffers(stage.parameters, layout.data, zero_stage, workload)
     held, work = stage.held_bytes * stage.in_flight, stage.work_bytes
     if sum(stage.parameters) <= BUCKET:
         reduction = max(0.0, reduction - held - work)
@@ -61,13 +65,12 @@ def rank_memory(workload: Workload, layout: Layout, stage: Stage) -> RankMemory:
 
 
 def _states(
-    parameters: Sequence[int], layout: Layout, workload: Workload
+    parameters: Sequence[int], ranks: int, zero_stage: int, workload: Workload
 ) -> tuple[float, float, float, float, float]:
     """Weights, gradients, master weights, moments and EMA.
 
     ZeRO-1 and 2 lay the parameters end to end and pad to 2 elements a rank; ZeRO-3 splits each on its own.
     """
-    ranks, zero_stage = layout.data, layout.zero_stage
     elements, weight_bytes = sum(parameters), workload.dtype.itemsize
     flat = ceil(elements / (2 * ranks)) * 2 * ranks
     share = sum(ceil(n / ranks) for n in parameters) if zero_stage == 3 else flat / ranks
@@ -80,11 +83,7 @@ def _states(
         gradients = FP32 * share
     else:
         weights = weight_bytes * flat
-        # In bf16, ZeRO-1 keeps each micro-batch's gradients beside their fp32 sums; under a pipeline it adds every
-        # gradient at once.
-        kept = weight_bytes == BF16 and layout.pipeline == 1
-        whole = FP32 * flat + (BF16 * elements if kept else 0)
-        gradients = FP32 * share if zero_stage == 2 else whole
+        gradients = FP32 * share if zero_stage == 2 else FP32 * flat
     return weights, gradients, FP32 * share, 2 * FP32 * share, ema
 
 

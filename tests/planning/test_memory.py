@@ -33,18 +33,15 @@ def states(found: RankMemory) -> tuple[float, ...]:
 
 
 def test_states_of_one_rank():
-    # Padded to two elements a rank; bf16 weights and gradients, fp32 sums, master weights, two moments, EMA.
+    # Padded to two elements a rank; bf16 weights, fp32 sums of gradients, master weights, two moments, EMA.
     padded = TOTAL + 1
-    assert states(memory()) == (2 * padded, 4 * padded + 2 * TOTAL, 4 * padded, 8 * padded, 4 * TOTAL)
-
-
-def test_a_pipeline_keeps_no_bf16_gradients():
-    assert memory(pipeline=2).gradients == memory().gradients - 2 * TOTAL
+    assert states(memory()) == (2 * padded, 4 * padded, 4 * padded, 8 * padded, 4 * TOTAL)
+    assert states(memory(pipeline=2)) == states(memory())
 
 
 def test_states_shared_by_zero_1_and_2():
     padded = 1_100_008  # the next multiple of 8
-    assert states(memory(data=4)) == (2 * padded, 4 * padded + 2 * TOTAL, padded, 2 * padded, padded)
+    assert states(memory(data=4)) == (2 * padded, 4 * padded, padded, 2 * padded, padded)
     assert states(memory(data=4, zero_stage=2)) == (2 * padded, padded, padded, 2 * padded, padded)
 
 
@@ -60,15 +57,17 @@ def test_states_shared_by_zero_3():
     )
 
 
-def test_fp32_has_no_second_copy_of_gradients():
-    assert states(memory(precision="fp32", zero_stage=0)) == (
-        4 * TOTAL,
-        4 * TOTAL,
-        0,
-        8 * TOTAL,
-        4 * TOTAL,
-    )
-    assert memory(precision="fp32").gradients == 4 * (TOTAL + 1)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_one_fp32_rank_holds_everything_once(zero_stage: int):
+    found = memory(precision="fp32", zero_stage=zero_stage)
+    assert states(found) == (4 * TOTAL, 4 * TOTAL, 0, 8 * TOTAL, 4 * TOTAL)
+    assert found.buffers == 0
+
+
+def test_a_pipeline_and_two_fp32_ranks_have_partitions():
+    padded = TOTAL + 1
+    assert states(memory(precision="fp32", pipeline=2))[1:3] == (4 * padded, 4 * padded)
+    assert states(memory(precision="fp32", data=2))[1:3] == (4 * 1_100_004, 2 * 1_100_004)
 
 
 def test_no_ema_costs_nothing():
