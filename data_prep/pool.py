@@ -24,6 +24,8 @@ def worker_pool(encoding: Encoding, workers: int) -> Iterator[RunBounded]:
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(encoding,)
     )
+    for _ in range(workers):  # start them now: they import while the input is surveyed
+        pool.submit(os.getpid)
 
     def run_bounded(calls: Iterable[Call]) -> Iterator[tuple[Any, Any]]:
         running: dict[Future[Any], Any] = {}

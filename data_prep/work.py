@@ -84,13 +84,9 @@ def finish(folder: Path, output: Path, tokenizer: bytes, manifest: DatasetManife
         return
     staging = folder / manifest.split
     shards = {shard.name for shard in manifest.shards}
-    for stray in [
-        path for path in staging.iterdir() if path.name not in shards
-    ]:  # of a writer that was killed
-        if stray.is_dir():
-            shutil.rmtree(stray)
-        else:
-            stray.unlink()
+    for path in list(staging.iterdir()):
+        if path.name not in shards:  # of a writer that was killed
+            path.unlink()
     atomic_write_bytes(staging / TOKENIZER_NAME, tokenizer)
     if manifest.format == "mds":
         write_mds_index(staging, manifest)

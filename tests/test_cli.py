@@ -248,8 +248,20 @@ def test_inference_needs_neither_deepspeed_nor_megatron(trained: Path) -> None:
     _run("-c", script, command=[sys.executable])
 
 
+def test_help_loads_nothing_heavy() -> None:
+    """Only the standard library and our own light modules: a user waits for `--help` and for every typo."""
+    script = (
+        "import sys; before = set(sys.modules)\n"
+        "from pgm_scale.cli import build_parser; build_parser().format_help()\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "foreign = new - set(sys.stdlib_module_names) - {'pgm_scale', 'data_prep'}\n"
+        "sys.exit(f'imported {foreign}' if foreign else 0)"
+    )
+    _run("-c", script, command=[sys.executable])
+
+
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture) -> None:
-    for command in ("prepare", "train", "eval", "sample", "config", "doctor"):
+    for command in ("prepare", "train", "eval", "sample", "plan", "config", "doctor"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0

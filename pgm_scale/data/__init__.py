@@ -1,6 +1,7 @@
 """Token shards: the manifest, the global order, and the readers of MDS and WebDataset folders.
 
-Importing this package loads numpy only; mosaicml-streaming and webdataset are imported at first use.
+Importing this package loads numpy only; webdataset is imported with the first tar shard, mosaicml-streaming
+with the first remote one.
 """
 
 from pgm_scale.data.batch import TokenBatch

@@ -1,37 +1,52 @@
-"""MDS shards, written and decoded by mosaicml-streaming.
+"""MDS shards (mosaicml-streaming's format), read and written directly: all rows at once, no import of the library.
 
-Columns: `tokens` (`ndarray:<dtype>:<length>`) and `valid_length` (`uint32`), both of fixed size. The column
-types come from our manifest, never from the file, so the format's pickle encoding cannot be reached.
-`import streaming` takes some 5 s of CPU; a preparation that forks workers does well to import it first.
+Columns: `tokens` (`ndarray:<dtype>:<length>`) and `valid_length` (`uint32`), both of fixed size, so a shard is
+its header and one array of records. The library takes 30 us a row to read, and 3 to 7 s to be imported;
+`tests/data/libraries.py` has its reader and writer, which this one equals, to the byte where it writes. The
+column types come from our manifest, never from the file, so that nothing in a file is unpickled.
+
+Layout, little-endian: rows (uint32), where each row starts and the last one ends (uint32 [rows + 1]), the
+columns as JSON, the rows.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pgm_scale.data.manifest import DatasetManifest, Shard
+from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes, commit, temporary_name
 
 INDEX_NAME = "index.json"
 
 
 def write_mds(path: Path, tokens_RL: np.ndarray, valid_lengths_R: np.ndarray) -> None:
-    """Write uint16/uint32 tokens [rows, length] and uint32 valid lengths [rows] to `path`."""
-    from streaming.base.format.mds.writer import MDSWriter
+    """Write uint16/uint32 tokens [rows, length] and uint32 valid lengths [rows] to `path`.
 
-    folder = temporary_name(path)  # the writer names its own files and adds an index: give it a folder
-    shutil.rmtree(folder, ignore_errors=True)
-    columns = _columns(tokens_RL.dtype.name, tokens_RL.shape[1])
-    with MDSWriter(columns=columns, out=str(folder), size_limit=None) as writer:
-        for tokens_L, valid_length in zip(tokens_RL, valid_lengths_R, strict=True):
-            writer.write({"tokens": tokens_L, "valid_length": valid_length})
-    commit(folder / "shard.00000.mds", path)
-    shutil.rmtree(folder)
+    Raises:
+        UserError: the shard would not fit the format's 32-bit offsets.
+    """
+    count, length_tokens = tokens_RL.shape
+    row_dtype = _row_dtype(tokens_RL.dtype.name, length_tokens)
+    columns = json.dumps(
+        _columns(tokens_RL.dtype.name, length_tokens) | {"hashes": []}, sort_keys=True
+    ).encode()
+    start_bytes = 4 + 4 * (count + 1) + len(columns)
+    if start_bytes + row_dtype.itemsize * count >= 1 << 32:
+        raise UserError(f"{path}: {count} rows exceed the 4 GiB of an MDS shard; lower --rows-per-shard")
+    rows_R = np.empty(count, row_dtype)
+    rows_R["tokens"] = tokens_RL
+    rows_R["valid_length"] = valid_lengths_R
+    starts = start_bytes + row_dtype.itemsize * np.arange(count + 1)
+    temporary = temporary_name(path)
+    with open(temporary, "wb") as file:
+        file.write(np.array([count, *starts], "<u4").tobytes() + columns)
+        rows_R.tofile(file)
+    commit(temporary, path)
 
 
 def write_mds_index(folder: str | Path, manifest: DatasetManifest) -> None:
@@ -41,53 +56,51 @@ def write_mds_index(folder: str | Path, manifest: DatasetManifest) -> None:
 
 
 def read_mds(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a shard to tokens [rows, length] and valid lengths [rows]; some 30 us a row.
+    """Decode a shard to tokens [rows, length] and valid lengths [rows], views of one array of records.
 
     Raises:
-        ValueError, IndexError: the file does not hold the rows that the manifest promises.
+        ValueError: the file does not hold the rows that the manifest promises.
     """
-    from streaming.base.format.mds.reader import MDSReader
-
-    entry = _index_entry(manifest, shard)
-    _check_header(path, shard.rows, sum(entry["column_sizes"]))
-    entry["raw_data"]["basename"] = path.name
-    reader = MDSReader.from_json(str(path.parent), None, entry)
-    tokens_RL = np.empty((shard.rows, manifest.length_tokens), manifest.token_dtype)
-    valid_lengths_R = np.empty(shard.rows, np.uint32)
-    for row in range(shard.rows):
-        sample = reader.get_item(row)
-        tokens_RL[row] = sample["tokens"]
-        valid_lengths_R[row] = sample["valid_length"]
-    return tokens_RL, valid_lengths_R
+    row_dtype = _row_dtype(manifest.token_dtype, manifest.length_tokens)
+    start_bytes = _check_header(path, shard.rows, row_dtype.itemsize)
+    rows_R = np.fromfile(path, row_dtype, count=shard.rows, offset=start_bytes)
+    return rows_R["tokens"], rows_R["valid_length"]
 
 
-def _check_header(path: Path, rows: int, row_bytes: int) -> None:
-    """The count of rows, and offsets that step by a row and end with the file: the reader trusts them."""
+def _check_header(path: Path, rows: int, row_bytes: int) -> int:
+    """Where the rows start, of a header with their count and offsets that step by a row and end with the file."""
     header = np.fromfile(path, "<u4", count=rows + 2).astype(np.int64)
     if header.size == 0 or header[0] != rows:
         raise ValueError(f"its header says {header[:1].tolist()} rows, the manifest {rows}")
     expected = path.stat().st_size - row_bytes * np.arange(rows, -1, -1)
     if not np.array_equal(header[1:], expected):
         raise ValueError(f"its row offsets do not fit {rows} rows of {row_bytes} bytes")
+    return int(expected[0])
 
 
-def _columns(token_dtype: str, length_tokens: int) -> dict[str, str]:
-    return {"tokens": f"ndarray:{token_dtype}:{length_tokens}", "valid_length": "uint32"}
+def _row_dtype(token_dtype: str, length_tokens: int) -> np.dtype:
+    """A row as it is stored: its columns by name, without padding."""
+    stored = np.dtype(token_dtype).newbyteorder("<")
+    return np.dtype([("tokens", stored, (length_tokens,)), ("valid_length", "<u4")])
 
 
-def _index_entry(manifest: DatasetManifest, shard: Shard) -> dict[str, Any]:
-    """The shard's entry of an MDS index, format version 2."""
-    columns = _columns(manifest.token_dtype, manifest.length_tokens)
-    row_bytes = manifest.length_tokens * np.dtype(manifest.token_dtype).itemsize
+def _columns(token_dtype: str, length_tokens: int) -> dict[str, Any]:
+    """What a shard's header and its entry of the index say alike, format version 2."""
     return {
         "version": 2,
         "format": "mds",
         "compression": None,
-        "hashes": ["sha256"],
         "size_limit": None,
-        "column_names": list(columns),
-        "column_encodings": list(columns.values()),
-        "column_sizes": [row_bytes, 4],
+        "column_names": ["tokens", "valid_length"],
+        "column_encodings": [f"ndarray:{token_dtype}:{length_tokens}", "uint32"],
+        "column_sizes": [length_tokens * np.dtype(token_dtype).itemsize, 4],
+    }
+
+
+def _index_entry(manifest: DatasetManifest, shard: Shard) -> dict[str, Any]:
+    """The shard's entry of an MDS index."""
+    return _columns(manifest.token_dtype, manifest.length_tokens) | {
+        "hashes": ["sha256"],
         "raw_data": {"basename": shard.name, "bytes": shard.bytes, "hashes": {"sha256": shard.sha256}},
         "zip_data": None,
         "samples": shard.rows,

@@ -1,4 +1,4 @@
-"""A shard file to arrays. The libraries decode; what they return is checked against the manifest."""
+"""A shard file to arrays. What is decoded is checked against the manifest."""
 
 from __future__ import annotations
 

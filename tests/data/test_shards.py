@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgm_scale.data import Shard
+from pgm_scale.data import Shard, mds
+from pgm_scale.data.manifest import TokenDtype
 from pgm_scale.data.readers import read_shard
 from pgm_scale.data.writers import write_shard
 from pgm_scale.errors import UserError
+from tests.data import libraries
 from tests.data.conftest import LENGTH_TOKENS, Split, flip_bit, make_split
 
 
@@ -43,14 +45,43 @@ def test_uint32_round_trip(split: Split) -> None:
 def test_bytes_depend_on_the_rows_alone(split: Split, tmp_path: Path) -> None:
     """Also when a killed attempt left its temporary file behind."""
     (tmp_path / "again").mkdir()
-    leftover = tmp_path / "again" / f".{split.manifest.shards[0].name}.writing"
-    leftover.mkdir() if split.manifest.format == "mds" else leftover.write_text("half")
+    (tmp_path / "again" / f".{split.manifest.shards[0].name}.writing").write_text("half")
     again = make_split(tmp_path / "again", split.manifest.format)
     assert again.manifest == split.manifest
     names = {path.name for path in split.folder.iterdir()}
     assert names == {path.name for path in again.folder.iterdir()}
     for name in names:
         assert (split.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("length_tokens", [1, 5, 16])
+@pytest.mark.parametrize("token_dtype", ["uint16", "uint32"])
+def test_mds_equals_the_library(tmp_path: Path, token_dtype: TokenDtype, length_tokens: int) -> None:
+    """To the byte where it writes; lengths that leave rows unaligned, and rows that are no power of two."""
+    rng = np.random.default_rng(length_tokens)
+    tokens_RL = rng.integers(0, np.iinfo(token_dtype).max, (37, length_tokens), token_dtype, endpoint=True)
+    valid_lengths_R = rng.integers(1, length_tokens + 1, 37).astype(np.uint32)
+    libraries.write_mds(tmp_path / "library", tokens_RL, valid_lengths_R)
+    mds.write_mds(tmp_path / "ours", tokens_RL, valid_lengths_R)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
+
+    split = make_split(tmp_path / "split", "mds", (37,))
+    manifest = dataclasses.replace(split.manifest, token_dtype=token_dtype, length_tokens=length_tokens)
+    shard = dataclasses.replace(split.manifest.shards[0], bytes=(tmp_path / "ours").stat().st_size)
+    for expected, found in zip(
+        libraries.read_mds(tmp_path / "ours", shard, manifest),
+        mds.read_mds(tmp_path / "library", shard, manifest),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+
+
+def test_mds_beyond_its_offsets_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    tokens_RL = np.broadcast_to(np.uint16(3), (2_100_000, 1024))
+    with pytest.raises(UserError, match=r"2100000 rows exceed the 4 GiB.*--rows-per-shard"):
+        mds.write_mds(tmp_path / "shard", tokens_RL, np.broadcast_to(np.uint32(1), 2_100_000))
+    assert not list(tmp_path.iterdir())
 
 
 def test_streaming_reads_our_mds_folder(tmp_path: Path) -> None:

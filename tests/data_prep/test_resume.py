@@ -117,7 +117,7 @@ def test_the_number_of_workers_changes_no_byte(text_folder, tmp_path):
             2,
             [".prepare/plan.json", ".prepare/units/*4.npz", ".prepare/units/*9.npz", ".prepare/train/*"],
         ),
-        ("mds", 1, [".prepare/train/*"]),  # each start of a worker for mds costs 5 s
+        ("mds", 1, [".prepare/train/*"]),
     ],
 )
 def test_kill_9_of_real_processes(text_folder, tmp_path, shard_format, workers, moments):
