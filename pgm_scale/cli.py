@@ -101,6 +101,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 def _train(options: argparse.Namespace) -> None:
     from functools import partial
 
+    from pgm_scale.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     from pgm_scale import config as configuration
     from pgm_scale.parallel.launch import find_launch
     from pgm_scale.parallel.layout import layout_problems
@@ -185,6 +188,9 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from pgm_scale.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     from pgm_scale.sampling.run import SampleRequest, print_kinds, sample_run
 
     if options.sampler == "list":

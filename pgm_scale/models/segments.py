@@ -15,7 +15,6 @@ from itertools import accumulate, compress
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 # Up to here a CPU is faster with one masked attention over whole sequences than with one a group. Forward +
 # backward in CPU ms on one core, heads of 64, random group sizes, self / cross attention:
@@ -200,6 +199,8 @@ def _padded_rows(segments: Segments) -> Tensor:
 
 def variable_length_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """The fused GPU kernel over packed segments, bf16 and fp16."""
+    from torch.nn.attention.varlen import varlen_attn  # loads torch._dynamo, 1.6 s of a start
+
     out = varlen_attn(q, k, v, queries.offsets_S1, keys.offsets_S1, queries.max_length, keys.max_length)
     assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are asked for
     return out
