@@ -18,6 +18,7 @@ from pgm_scale.models import build_model
 from pgm_scale.models.flops import forward_flops_per_token
 from pgm_scale.objectives import build_objective
 from pgm_scale.objectives.base import DrawSpec, loss_terms
+from pgm_scale.objectives.pgm import PGMObjective
 
 SEQUENCES = 2
 GLOBAL_BATCH_SEQUENCES = 64
@@ -65,7 +66,7 @@ def dense_mask_step() -> Side:
     """The same on the model as published; equal weights, the same tokens and groups."""
     ours = with_random_weights(build_model(PGM, VOCABULARY.size, LENGTH))
     model = DensePartitionTransformer.from_state(ours.state_dict(), PGM, LENGTH).train()
-    objective = build_objective(PGMObjectiveConfig(), VOCABULARY)
+    objective = PGMObjective(PGMObjectiveConfig(), VOCABULARY)
     partition = objective.training_partition(batch(), DrawSpec(1, GLOBAL_BATCH_SEQUENCES))
     tokens_BL = torch.from_numpy(batch().tokens_BL)
     in_group1_BL = torch.from_numpy(partition.in_group1_BL)
