@@ -5,6 +5,7 @@ position 0 is known), prompting (a prefix is known) and infilling (anything is k
 
 A batch goes `sample` -> a sampler from `SAMPLERS` -> `decode.decode` (the shared loop; a plan says at which
 step each position is decoded) -> the model -> `categorical.TokenDraw` (its readout, which draws the tokens).
+`engine` has the fast forms of models and samplers, which give the same tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pgm_scale.sampling.analytic import sample_analytic
 from pgm_scale.sampling.ancestral import sample_ancestral, sample_ancestral_cached
 from pgm_scale.sampling.autoregressive import sample_autoregressive
 from pgm_scale.sampling.batch import Sampler, SamplingBatch
+from pgm_scale.sampling.engine import batch_sampler
 from pgm_scale.sampling.pgm_naive import sample_naive
 from pgm_scale.sampling.pgm_non_uniform import sample_non_uniform
 from pgm_scale.sampling.pgm_uniform import sample_uniform
@@ -88,7 +90,7 @@ def sample(
         known_BL: int64 [B, L]; -1 where a token is to be generated.
 
     Raises:
-        UserError: the sampler does not fit the model, or a value is out of range.
+        UserError: the sampler does not fit the model, a value is out of range, or logits are not finite.
     """
     sampler = _sampler_for(config.kind, model)
     device = torch.device(device)
@@ -98,12 +100,13 @@ def sample(
     forward_passes = 0
     started_s = time.perf_counter()
     with torch.inference_mode(), _evaluation_mode(model):
+        generate = batch_sampler(sampler, model)
         for start in range(0, len(known_BL), batch_sequences):
             known_bL = known_BL[start : start + batch_sequences].astype(np.int64)
             numbers_b = first_sample_number + start + np.arange(len(known_bL))
             batch = SamplingBatch(known_bL, numbers_b, seed, vocabulary, config, device)
-            tokens_bL, passes = sampler(model, batch)
-            finished.append(tokens_bL.cpu().numpy())
+            tokens_bL, passes = generate(batch)
+            finished.append(_checked(tokens_bL.cpu().numpy(), vocabulary.mask_id))
             forward_passes += passes
     elapsed_s = time.perf_counter() - started_s
     tokens_BL = np.concatenate(finished)
@@ -177,6 +180,13 @@ def _check_request(
         raise UserError(
             f"sampler.steps {config.steps} and the batch size {batch_sequences} must both be at least 1"
         )
+
+
+def _checked(tokens_bL: np.ndarray, mask_id: int) -> np.ndarray:
+    """A mask is never drawn: it stands where logits were not finite (`categorical.TokenDraw`)."""
+    if (tokens_bL == mask_id).any():
+        raise UserError("the model's logits are not finite, so no token can be drawn; check its checkpoint")
+    return tokens_bL
 
 
 @contextmanager

@@ -35,8 +35,12 @@ class AnalyticWeights:
     sigma: float
     delta: float
 
+    @property
+    def mask_id(self) -> int:
+        return self.rules.mask_id
+
     def __call__(self, logits_QV: torch.Tensor) -> torch.Tensor:
-        weights_QV = self.rules(logits_QV)
+        weights_QV = self.rules(logits_QV).double()
         odds = 1.0 / math.expm1(self.sigma)  # alpha / (1 - alpha)
         score_QV = weights_QV.mul_(odds / weights_QV.sum(dim=-1, keepdim=True))
         total_score = odds + 1.0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pgm_scale.config import SamplerConfig
 from pgm_scale.data.manifest import Vocabulary
@@ -59,5 +59,5 @@ class SamplingBatch:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-# (model, batch) -> (tokens int64 [B, L] on the device, number of forward passes)
-Sampler = Callable[[nn.Module, SamplingBatch], tuple[torch.Tensor, int]]
+# (model, plain or folded; batch) -> (tokens int64 [B, L] on the device, number of forward passes)
+Sampler = Callable[[Any, SamplingBatch], tuple[torch.Tensor, int]]

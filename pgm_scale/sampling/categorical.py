@@ -1,4 +1,4 @@
-"""Tokens from logits: temperature, top-k, nucleus, and an exact inverse-CDF draw in float64.
+"""Tokens from logits: temperature, top-k, nucleus, and the draw (`inverse_cdf`).
 
 One float64 uniform decides one token. Float32 noise would make every token rarer than about 1e-7 impossible,
 which lowers the entropy and flatters generative perplexity (FACTS 8.24, arXiv 2409.02908). Inverting the CDF
@@ -7,17 +7,18 @@ needs one uniform a token where an exponential race needs V of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
 from pgm_scale.models.vocabulary import OutputLinear
+from pgm_scale.sampling.inverse_cdf import inverse_cdf
 
-# Logits are made for this many queries at once: at V = 50,258, 13M logits, 51 MB in float32 and 103 MB in
-# float64, however many tokens a step draws.
+# Logits are made for this many queries at once: at V = 50,258, 13M logits, 51 MB in float32, and as much for
+# their weights, however many tokens a step draws.
 _CHUNK_QUERIES = 256
 
 
@@ -53,45 +54,39 @@ class TokenRules:
         return cls(mask_id, config.temperature, config.top_p, config.top_k)
 
     def __call__(self, logits_QV: torch.Tensor) -> torch.Tensor:
-        """Float64 weights [Q, V] proportional to the probability of each token; the largest in a row is 1.
+        """Weights [Q, V] proportional to the probability of each token, in the logits' dtype.
 
-        Raises:
-            UserError: every logit of a query but the mask's is -inf, or one is NaN or +inf.
+        NaN in a row whose logits, but for the mask's, are all -inf, or hold a NaN or +inf.
+
+        Args:
+            logits_QV: may be overwritten.
         """
-        weights_QV = logits_QV.to(torch.float64, copy=True)
-        weights_QV[:, self.mask_id] = -torch.inf
-        highest_Q1 = weights_QV.amax(dim=-1, keepdim=True)
-        if not bool(highest_Q1.isfinite().all()):
-            raise UserError(
-                "the model's logits are not finite, so no token can be drawn; check its checkpoint"
-            )
-        weights_QV.sub_(highest_Q1).div_(self.temperature).exp_()
-        if 0 < self.top_k < weights_QV.shape[-1]:
-            kth_Q1 = weights_QV.topk(self.top_k, dim=-1).values[:, -1:]
-            weights_QV.masked_fill_(weights_QV < kth_Q1, 0.0)
+        logits_QV[:, self.mask_id] = -torch.inf
+        if self.temperature != 1:
+            logits_QV.div_(self.temperature)
+        if 0 < self.top_k < logits_QV.shape[-1]:
+            kth_Q1 = logits_QV.topk(self.top_k, dim=-1).values[:, -1:]
+            logits_QV.masked_fill_(logits_QV < kth_Q1, -torch.inf)
+        weights_QV = logits_QV.softmax(dim=-1)
         return weights_QV if self.top_p == 1 else _nucleus(weights_QV, self.top_p)
 
 
 def _nucleus(weights_QV: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zero what lies outside the nucleus; by the stable sort, equal tokens leave from the highest id down."""
     sorted_QV, order_QV = weights_QV.sort(dim=-1, descending=True, stable=True)
-    cumulative_QV = sorted_QV.cumsum(dim=-1)
+    cumulative_QV = sorted_QV.cumsum(dim=-1, dtype=torch.float64)
     before_QV = cumulative_QV - sorted_QV  # mass of the likelier tokens: below p means p is not crossed yet
-    kept_QV = before_QV < top_p * cumulative_QV[:, -1:]
-    return torch.zeros_like(weights_QV).scatter_(-1, order_QV, sorted_QV * kept_QV)
+    left_out_QV = before_QV >= top_p * cumulative_QV[:, -1:]
+    return weights_QV.scatter_(-1, order_QV, sorted_QV.masked_fill_(left_out_QV, 0.0))
 
 
-def inverse_cdf(weights_QV: torch.Tensor, uniforms_Q: torch.Tensor) -> torch.Tensor:
-    """Token ids int64 [Q]: the first token whose cumulative weight exceeds uniform * total.
+class TokenWeights(Protocol):
+    """From logits [Q, V], which may be overwritten, to weights [Q, V] in proportion to probabilities."""
 
-    Exact to float64: token j is drawn for an interval of uniforms as long as its probability, so a token of
-    probability 1e-12 is reachable and one of weight 0 is not.
-    """
-    cumulative_QV = weights_QV.cumsum(dim=-1)
-    thresholds_Q1 = uniforms_Q[:, None] * cumulative_QV[:, -1:]
-    return torch.searchsorted(cumulative_QV, thresholds_Q1, right=True)[:, 0].clamp_(
-        max=weights_QV.shape[-1] - 1
-    )
+    @property
+    def mask_id(self) -> int: ...
+
+    def __call__(self, logits_QV: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -100,13 +95,16 @@ class TokenDraw:
 
     It runs inside the output layer, so logits exist only for `rows_Q`, and for a chunk of them at a time.
 
+    Where no token has a weight, because logits are not finite, it gives the mask, which is never drawn: so that
+    nobody has to wait for the device before the sequences are finished.
+
     Attributes:
-        weights: float32 logits [Q, V] to float64 weights [Q, V]; a `TokenRules` is one.
+        weights: what may be drawn, and how often; a `TokenRules` is one.
         uniforms_Q: float64 [Q] in [0, 1), one a token.
         rows_Q: int64 [Q] indices into the flattened leading dimensions of the hidden states; None takes all.
     """
 
-    weights: Callable[[torch.Tensor], torch.Tensor]
+    weights: TokenWeights
     uniforms_Q: torch.Tensor
     rows_Q: torch.Tensor | None = None
 
@@ -115,9 +113,15 @@ class TokenDraw:
         if self.rows_Q is not None:
             hidden_QH = hidden_QH[self.rows_Q]
         drawn = [
-            inverse_cdf(self.weights(output_linear(hidden_cH)), uniforms_c)
+            self._tokens(output_linear(hidden_cH), uniforms_c)
             for hidden_cH, uniforms_c in zip(
                 hidden_QH.split(_CHUNK_QUERIES), self.uniforms_Q.split(_CHUNK_QUERIES), strict=True
             )
         ]
         return torch.cat(drawn)
+
+    def _tokens(self, logits_QV: torch.Tensor, uniforms_Q: torch.Tensor) -> torch.Tensor:
+        weights_QV = self.weights(logits_QV)
+        tokens_Q = inverse_cdf(weights_QV, uniforms_Q)
+        is_possible_Q = weights_QV.gather(1, tokens_Q[:, None])[:, 0] > 0
+        return torch.where(is_possible_Q, tokens_Q, self.weights.mask_id)

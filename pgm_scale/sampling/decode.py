@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pgm_scale.sampling.batch import SamplingBatch
 
@@ -22,6 +22,7 @@ class DecodingStep:
 
     Attributes:
         number: the step's number in the plan.
+        rows_B: which rows of the batch take part, on the host.
         tokens_BL: int64 on the device; the mask's id at masked positions.
         masked_BL: bool on the host, the positions not decoded yet.
         target_BL: bool on the host, the positions to decode now, a subset of the masked ones.
@@ -29,18 +30,19 @@ class DecodingStep:
     """
 
     number: int
+    rows_B: np.ndarray
     tokens_BL: torch.Tensor
     masked_BL: np.ndarray
     target_BL: np.ndarray
     uniforms_Q: np.ndarray
 
 
-# Drawn tokens int64 [Q], for the targets in row-major order.
-Predict = Callable[[nn.Module, SamplingBatch, DecodingStep], torch.Tensor]
+# (model, plain or folded; batch; step) -> drawn tokens int64 [Q], for the targets in row-major order.
+Predict = Callable[[Any, SamplingBatch, DecodingStep], torch.Tensor]
 
 
 def decode(
-    model: nn.Module, predict: Predict, batch: SamplingBatch, step_BL: np.ndarray, idle_steps: int = 0
+    model: Any, predict: Predict, batch: SamplingBatch, step_BL: np.ndarray, idle_steps: int = 0
 ) -> tuple[torch.Tensor, int]:
     """Generate every token at the step that `step_BL` gives it.
 
@@ -60,6 +62,7 @@ def decode(
         rows_B = np.flatnonzero(target_BL.any(axis=1) | (number < idle_steps))
         step = DecodingStep(
             number=number,
+            rows_B=rows_B,
             tokens_BL=tokens_BL[batch.on_device(rows_B)],
             masked_BL=step_BL[rows_B] >= number,
             target_BL=target_BL[rows_B],

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import nn
 
 from pgm_scale.sampling.batch import SamplingBatch
 from pgm_scale.sampling.decode import decode
 from pgm_scale.sampling.packed import predict_packed
 
 
-def sample_uniform(model: nn.Module, batch: SamplingBatch) -> tuple[torch.Tensor, int]:
+def sample_uniform(model: Any, batch: SamplingBatch) -> tuple[torch.Tensor, int]:
     """Decode in a random order with `sampler.steps` forward passes (fewer where fewer tokens are unknown)."""
     return decode(model, predict_packed, batch, equal_steps(batch))
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -5,14 +7,16 @@ import torch
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
 from pgm_scale.models.vocabulary import VocabularyLinear
-from pgm_scale.sampling.categorical import TokenDraw, TokenRules, inverse_cdf
+from pgm_scale.sampling.analytic import AnalyticWeights
+from pgm_scale.sampling.categorical import TokenDraw, TokenRules
+from pgm_scale.sampling.inverse_cdf import inverse_cdf
 from tests.sampling.chi_square import p_value
 
 MASK = 3
 
 
 def probabilities(logits, **rules) -> np.ndarray:
-    weights_QV = TokenRules(MASK, **rules)(torch.as_tensor(logits))
+    weights_QV = TokenRules(MASK, **rules)(torch.as_tensor(logits).clone())
     return (weights_QV / weights_QV.sum(-1, keepdim=True)).numpy()
 
 
@@ -56,13 +60,6 @@ def test_top_k_keeps_k_tokens_and_the_nucleus_applies_to_what_they_leave():
     # 0.45 is 0.64 of what top-k leaves, so p = 0.6 keeps it alone; of all it is 0.45 and would not.
     np.testing.assert_allclose(probabilities(logits, top_k=2, top_p=0.6), [[0, 1, 0, 0, 0]])
     np.testing.assert_allclose(probabilities(logits, top_k=99)[0, 3], 0)
-
-
-def test_the_caller_keeps_its_logits():
-    logits = torch.randn(4, 6, dtype=torch.float64)
-    before = logits.clone()
-    TokenRules(MASK, top_k=2, top_p=0.5)(logits)
-    assert torch.equal(logits, before)
 
 
 def test_draws_follow_the_exact_distribution_with_rare_tokens():
@@ -116,9 +113,19 @@ def test_readout_draws_the_selected_rows_in_chunks():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_logits_are_an_error(bad):
-    with pytest.raises(UserError, match="not finite"):
-        TokenRules(MASK)(torch.tensor([[0.0, bad, 0.0, 0.0]]))
+@pytest.mark.parametrize(
+    "weights",
+    [TokenRules(MASK), TokenRules(MASK, top_k=2, top_p=0.9), AnalyticWeights(TokenRules(MASK), 1.0, 0.5)],
+)
+def test_logits_that_are_not_finite_give_the_mask(weights, bad):
+    """And only in their own row; a caller sees the mask once the sequences are finished."""
+    logits = torch.tensor(
+        [[0.0, bad, 0.0, 0.0], [0.0, -torch.inf, -torch.inf, 0.0], [-torch.inf] * 3 + [0.0]]
+    )
+    uniforms_Q = torch.full((3,), 0.1, dtype=torch.float64)
+    identity: Any = torch.nn.Identity()
+    drawn_Q = TokenDraw(weights, uniforms_Q)(logits, identity)
+    assert drawn_Q.tolist() == [MASK, 0, MASK]
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,15 @@ def test_greedy_text_does_not_depend_on_the_token_draws(kind):
     assert (free[0] != free[1]).any()
 
 
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_logits_that_are_not_finite_are_an_error(kind):
+    model: Any = model_for(kind)
+    with torch.no_grad():
+        model.output_layer.linear.weight[3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        run(kind, known_prefixes([[]], LENGTH, BOS), model)
+
+
 @pytest.mark.parametrize("kind", PGM_KINDS)
 def test_pgm_needs_no_known_token(kind):
     tokens_BL = run(kind, np.full((2, LENGTH), -1)).tokens_BL
