@@ -13,7 +13,6 @@ import os
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 _TOP_PAD_BYTES = 64 << 20
-HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"
 
 
 def keep_freed_memory() -> bool:
@@ -28,6 +27,6 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    os.environ.setdefault(HUGE_PAGES_VARIABLE, "1")  # torch: 2 MiB alignment and MADV_HUGEPAGE
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: 2 MiB alignment and MADV_HUGEPAGE
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: _TOP_PAD_BYTES}
     return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,19 +26,20 @@ from ops.bench.machine import Machine, measure_machine
 from ops.bench.measure import Row
 from ops.bench.report import Report
 from pgm_scale.files import atomic_write_bytes, finite
-from pgm_scale.host_memory import HUGE_PAGES_VARIABLE, keep_freed_memory
+from pgm_scale.host_memory import keep_freed_memory
 
 MODULES = ("training", "optimizer", "sampling", "data", "checkpoint", "startup")  # each NAME_rows.py
 CUDA_MODULES = ("training", "optimizer", "sampling")  # the others do not depend on the device
-# Timed again with malloc as it comes, as the published code runs: what it does with new memory decides most there.
-DEFAULT_ALLOCATOR_MODULES = ("training", "optimizer")
+# How many of a module's first rows are timed again with malloc as it comes, which is how the published code runs:
+# what it does with new memory decides most there.
+DEFAULT_ALLOCATOR_ROWS = {"training": 2, "optimizer": 1, "sampling": 1}
 ROOT = Path(__file__).resolve().parents[2]
+Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the rows on the CPU, then on the GPU if there is one; 1 if a module failed (or see --check)."""
     options = _parser().parse_args(arguments)
-    keep_freed_memory()  # for both sides of every comparison, and before the first large tensor
     exit_code = 0
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         names = [name for name in options.only if device == "cpu" or name in CUDA_MODULES]
@@ -79,35 +81,41 @@ def measure(device: torch.device, names: Sequence[str]) -> Report:
     )
     for name in names:
         progress(name)
-        rows = report.rows.setdefault(name, [])
-        try:
-            for row in all_rows(name, report.machine):
-                rows.append(row)
-                progress(f"{name}: {row.what}: {row.value:.4g} {row.unit}")
-        except Exception as error:  # whatever it was, the other modules still have something to say
-            traceback.print_exc()
-            report.failures[name] = f"{type(error).__name__}: {error}"
+        rows, failure = in_new_process(module_rows, name, report.machine, True, None)
+        if failure is None and device.type == "cpu" and name in DEFAULT_ALLOCATOR_ROWS:
+            again, failure = in_new_process(
+                module_rows, name, report.machine, False, DEFAULT_ALLOCATOR_ROWS[name]
+            )
+            rows += [replace(row, what=f"{row.what}; default allocator on both sides") for row in again]
+        report.rows[name] = rows
+        if failure is not None:
+            report.failures[name] = failure
+        for row in rows:
+            progress(f"{name}: {row.what}: {row.value:.4g} {row.unit}")
     report.peaks_after = measure_machine(device).peaks
     return report
 
 
-def all_rows(name: str, machine: Machine) -> Iterator[Row]:
-    yield from module_rows(name, machine)
-    if machine.device.type == "cpu" and name in DEFAULT_ALLOCATOR_MODULES:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            for row in process.submit(_rows_with_default_allocator, name, machine).result():
-                yield replace(row, what=f"{row.what}; default allocator on both sides")
+def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Modules must not share one: the allocator is set once, and DeepSpeed joins one process group in its life."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
-def module_rows(name: str, machine: Machine) -> Iterator[Row]:
-    return importlib.import_module(f"ops.bench.{name}_rows").rows(machine)
-
-
-def _rows_with_default_allocator(name: str, machine: Machine) -> list[Row]:
-    """In a new process, before its first tensor."""
-    os.environ.pop(HUGE_PAGES_VARIABLE, None)
+def module_rows(
+    name: str, machine: Machine, keeps_memory: bool, first: int | None
+) -> tuple[list[Row], str | None]:
+    """The rows of a module, or the first few, and the error that ended it, if any."""
+    if keeps_memory:
+        keep_freed_memory()  # for both sides of every comparison, and before the first large tensor
     torch.set_num_threads(machine.threads)
-    return list(module_rows(name, machine))
+    rows: list[Row] = []
+    try:
+        rows.extend(islice(importlib.import_module(f"ops.bench.{name}_rows").rows(machine), first))
+    except Exception as error:  # whatever it was, the other modules still have something to say
+        traceback.print_exc()
+        return rows, f"{type(error).__name__}: {error}"
+    return rows, None
 
 
 def write(report: Report, folder: Path) -> None:

@@ -10,26 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 
+from ops.bench.bench_run import BenchRun
 from ops.bench.machine import Machine
 from ops.bench.measure import Row, Side, Target, ratio, take_turns
-from ops.bench.models import PGM, VOCABULARY
+from ops.bench.models import PGM
 from pgm_scale.checkpoint import CheckpointStore, Fragment
 from pgm_scale.checkpoint.direct_file import DirectFile
 from pgm_scale.checkpoint.host_buffers import HostBuffers, chunks_of
-from pgm_scale.config import DataConfig, ParallelConfig, RunConfig, TrainingConfig
-from pgm_scale.data.batch import TokenBatch
-from pgm_scale.objectives import build_objective
-from pgm_scale.objectives.base import DrawSpec
-from pgm_scale.parallel.engine import Engine
+from pgm_scale.config import PGMObjectiveConfig
 from pgm_scale.parallel.launch import Launch, free_port
 from pgm_scale.parallel.mesh import Mesh, connected
 from pgm_scale.tensor_slices import TensorSlice
-from pgm_scale.training.checkpointing import Checkpointer
-from pgm_scale.training.ema import ExponentialMovingAverage
-from pgm_scale.training.step import prepare_micro_batch, training_step
 
 STATE_BYTES = 512 << 20
 TENSORS = 64
@@ -88,46 +81,12 @@ def save_rate(folder: Path) -> Iterator[Row]:
         )
 
 
-class SmallRun:
-    """The bench's PGM on one batch, with everything that a save holds."""
+class SavingRun(BenchRun):
+    """The bench's PGM, and saves of it."""
 
     def __init__(self, folder: Path, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.config = RunConfig(
-            folder="",
-            data=DataConfig("", ""),
-            model=PGM,
-            training=TrainingConfig(
-                global_batch_sequences=SEQUENCES, micro_batch_sequences=SEQUENCES, precision="fp32"
-            ),
-            parallel=ParallelConfig(zero_stage=0),
-        )
-        self.engine = Engine.build(self.config, VOCABULARY.size, LENGTH, mesh)
-        self.ema = ExponentialMovingAverage(self.engine.state, 0.999)
-        self.checkpointer = Checkpointer(CheckpointStore(folder), self.engine, self.ema)
-        self.objective = build_objective(self.config.objective, VOCABULARY)
-        tokens_BL = np.random.default_rng(0).integers(0, VOCABULARY.mask_id, (SEQUENCES, LENGTH))
-        batch = TokenBatch(tokens_BL, np.ones_like(tokens_BL, bool), np.arange(SEQUENCES))
-        self.batch = prepare_micro_batch(self.objective, batch, DrawSpec(1, SEQUENCES))
+        super().__init__(folder, mesh, PGM, PGMObjectiveConfig(), SEQUENCES, LENGTH)
         self.state_bytes = 16 * sum(entry.weight.numel() for entry in self.engine.state)
-
-    def step(self) -> float:
-        """One training step; commits the save under way when it has been written. Returns its seconds."""
-        start_s, checkpointer = perf_counter(), self.checkpointer
-        result = training_step(
-            0,
-            self.engine,
-            self.objective,
-            iter([self.batch]),
-            self.ema,
-            self.config,
-            self.mesh,
-            checkpointer,
-            False,
-        )
-        if checkpointer.store.under_way is not None and result.save_ended:
-            checkpointer.finish()
-        return perf_counter() - start_s
 
     def steps_beside_a_save(self) -> list[float]:
         """Seconds of the steps from the start of a save in the background until it is committed."""
@@ -158,7 +117,7 @@ def time_lost(folder: Path) -> Iterator[Row]:
     """
     threads = torch.get_num_threads()
     with connected(Launch("single", 0, 1, 0, "127.0.0.1", free_port())) as mesh:
-        run = SmallRun(folder, mesh)
+        run = SavingRun(folder, mesh)
         run.steps_beside_a_save()  # warms up: the buffers are touched for the first time
         for used in sorted({threads, max(1, threads - 1)}, reverse=True):
             torch.set_num_threads(used)
@@ -167,7 +126,7 @@ def time_lost(folder: Path) -> Iterator[Row]:
         torch.set_num_threads(threads)
 
 
-def _time_lost(run: SmallRun, where: str) -> Iterator[Row]:
+def _time_lost(run: SavingRun, where: str) -> Iterator[Row]:
     """How long training stands still, and by how much the steps beside a save are slower.
 
     The steps' own noise adds up over a save; medians, and the note, which has the standard error, account for it.

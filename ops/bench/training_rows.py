@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 from ops.bench.baselines.partition_transformer import DensePartitionTransformer
+from ops.bench.bench_run import BenchRun
 from ops.bench.machine import Machine
 from ops.bench.measure import Row, Side, Target, ratio, take_turns
 from ops.bench.models import LENGTH, MDLM, PGM, VOCABULARY, with_random_weights
-from pgm_scale.config import MDLMObjectiveConfig, ModelConfig, ObjectiveConfig, PGMObjectiveConfig
+from pgm_scale.config import (
+    MODEL_SIZES,
+    DiffusionTransformerConfig,
+    MDLMObjectiveConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PartitionTransformerConfig,
+    PGMObjectiveConfig,
+)
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.models import build_model
 from pgm_scale.models.flops import forward_flops_per_token
 from pgm_scale.objectives import build_objective
 from pgm_scale.objectives.base import DrawSpec, loss_terms
 from pgm_scale.objectives.pgm import PGMObjective
+from pgm_scale.parallel.launch import find_launch
+from pgm_scale.parallel.mesh import connected
+from pgm_scale.training.metrics import peak_flops
 
 SEQUENCES = 2
 GLOBAL_BATCH_SEQUENCES = 64
 REPEATS = 5
+CUDA_REPEATS = 20
 
 
 def rows(machine: Machine) -> Iterator[Row]:
+    return cuda_rows(machine) if machine.device.type == "cuda" else cpu_rows(machine)
+
+
+def cpu_rows(machine: Machine) -> Iterator[Row]:
     ours, mdlm = step("PGM", PGM, PGMObjectiveConfig()), step("MDLM", MDLM, MDLMObjectiveConfig())
     sides = [ours, dense_mask_step(), mdlm]
     seconds = take_turns(sides, REPEATS)
@@ -47,6 +67,49 @@ def rows(machine: Machine) -> Iterator[Row]:
         fractions,
         ours.resource,
     )
+
+
+def cuda_rows(machine: Machine) -> Iterator[Row]:
+    """Whole training steps of one GPU in bf16, by the model FLOPs utilisation and against MDLM."""
+    peak = peak_flops(machine.device, "bf16") or machine.peaks["bf16 matmul"]
+    with tempfile.TemporaryDirectory() as folder, connected(find_launch({})) as mesh:
+        for size, sequences, target in (
+            ("pgm-6-6-1024", 32, Target(0.45, 0.55)),
+            ("pgm-1.3b", 8, Target(0.55, 0.6)),
+        ):
+            pgm: Any = PartitionTransformerConfig(**_shape(size))
+            blocks = pgm.num_encoder_blocks + pgm.num_decoder_blocks
+            mdlm = DiffusionTransformerConfig(
+                hidden_size=pgm.hidden_size, num_heads=pgm.num_heads, num_blocks=blocks
+            )
+            flops = 3 * sequences * LENGTH * forward_flops_per_token(pgm, VOCABULARY.size, LENGTH)
+            runs = [
+                BenchRun(Path(folder), mesh, model, objective, sequences, LENGTH)
+                for model, objective in ((pgm, PGMObjectiveConfig()), (mdlm, MDLMObjectiveConfig()))
+            ]
+            sides = [
+                Side("PGM", runs[0].step, flops, "bf16 matmul"),
+                Side("MDLM", runs[1].step),
+            ]
+            seconds = take_turns(sides, CUDA_REPEATS, warm_ups=3)
+            what = f"training step, {size}, bf16, L {LENGTH}, batch {sequences}"
+            yield Row(
+                f"{what}, of the GPU's rated FLOP/s",
+                flops / median(seconds["PGM"]) / peak,
+                "MFU",
+                target,
+                {"PGM": seconds["PGM"]},
+                {"PGM": flops},
+                machine.fractions(sides[:1], seconds),
+                "bf16 matmul",
+            )
+            yield Row(f"{what}, against MDLM", ratio(seconds, "MDLM", "PGM"), "x", Target(1.15, 1.3), seconds)
+            del runs, sides
+            torch.cuda.empty_cache()
+
+
+def _shape(size: str) -> dict[str, Any]:
+    return {key: value for key, value in MODEL_SIZES[size].items() if key != "kind"}
 
 
 def step(name: str, config: ModelConfig, objective_config: ObjectiveConfig) -> Side:

@@ -28,6 +28,7 @@ def rows_of(monkeypatch, tmp_path):
     """Runs the bench with these rows of module "data"; returns (exit code, JSON, Markdown)."""
     monkeypatch.setattr(bench, "measure_machine", lambda device: MACHINE)
     monkeypatch.setattr(bench, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(rows, *options, names=("data",)):
