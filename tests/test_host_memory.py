@@ -12,12 +12,15 @@ def fill_and_free():
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-print(fill_and_free(), fill_and_free())
+print(*(fill_and_free() for _ in range(5)))
 """
 
 
 def test_a_block_that_was_freed_is_not_faulted_in_again():
-    """64 MiB are 16,384 small or 32 huge pages; other threads and the interpreter fault a few."""
+    """64 MiB are 16,384 small or 32 huge pages; other threads and the interpreter fault a few.
+
+    The least of the later fills: an aligned block may get a new place in the heap once.
+    """
 
     def faults(mode):
         output = subprocess.run(
@@ -25,5 +28,5 @@ def test_a_block_that_was_freed_is_not_faulted_in_again():
         )
         return [int(word) for word in output.stdout.split()]
 
-    assert faults("keep")[1] < 16
-    assert faults("default")[1] >= 32
+    assert min(faults("keep")[1:]) < 16
+    assert min(faults("default")[1:]) >= 32
