@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
-from ops.bench.machine import Machine, measure_machine
-from ops.bench.measure import Row
+from ops.bench.machine import measure_machine
+from ops.bench.modules import in_new_process, module_rows
 from ops.bench.report import Report
 from pgm_scale.files import atomic_write_bytes, finite
-from pgm_scale.host_memory import keep_freed_memory
 
 MODULES = ("training", "optimizer", "sampling", "data", "checkpoint", "startup")  # each NAME_rows.py
 CUDA_MODULES = ("training", "optimizer", "sampling")  # the others do not depend on the device
@@ -34,7 +27,6 @@ CUDA_MODULES = ("training", "optimizer", "sampling")  # the others do not depend
 # what it does with new memory decides most there.
 DEFAULT_ALLOCATOR_ROWS = {"training": 2, "optimizer": 1, "sampling": 1}
 ROOT = Path(__file__).resolve().parents[2]
-Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,28 +86,6 @@ def measure(device: torch.device, names: Sequence[str]) -> Report:
             progress(f"{name}: {row.what}: {row.value:.4g} {row.unit}")
     report.peaks_after = measure_machine(device).peaks
     return report
-
-
-def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Modules must not share one: the allocator is set once, and DeepSpeed joins one process group in its life."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
-
-
-def module_rows(
-    name: str, machine: Machine, keeps_memory: bool, first: int | None
-) -> tuple[list[Row], str | None]:
-    """The rows of a module, or the first few, and the error that ended it, if any."""
-    if keeps_memory:
-        keep_freed_memory()  # for both sides of every comparison, and before the first large tensor
-    torch.set_num_threads(machine.threads)
-    rows: list[Row] = []
-    try:
-        rows.extend(islice(importlib.import_module(f"ops.bench.{name}_rows").rows(machine), first))
-    except Exception as error:  # whatever it was, the other modules still have something to say
-        traceback.print_exc()
-        return rows, f"{type(error).__name__}: {error}"
-    return rows, None
 
 
 def write(report: Report, folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ops.bench import __main__ as bench
+from ops.bench import modules
 from ops.bench.machine import Machine
 from ops.bench.measure import Resource, Row, Side, Target, ratio, take_turns
 
@@ -27,7 +28,7 @@ def row(value, target=None, unit="x"):
 def rows_of(monkeypatch, tmp_path):
     """Runs the bench with these rows of module "data"; returns (exit code, JSON, Markdown)."""
     monkeypatch.setattr(bench, "measure_machine", lambda device: MACHINE)
-    monkeypatch.setattr(bench, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(modules, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(bench, "in_new_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
