@@ -86,7 +86,7 @@ def finish(folder: Path, output: Path, tokenizer: bytes, manifest: DatasetManife
     shards = {shard.name for shard in manifest.shards}
     for path in list(staging.iterdir()):
         if path.name not in shards:  # of a writer that was killed
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     atomic_write_bytes(staging / TOKENIZER_NAME, tokenizer)
     if manifest.format == "mds":
         write_mds_index(staging, manifest)

@@ -36,12 +36,21 @@ class HostBuffers:
         self._free: list[torch.Tensor] = []
 
     def take(self) -> torch.Tensor:
-        """One of `[CHUNK_BYTES]` uint8 that starts on a page; pinned where this process uses a GPU."""
+        """One of `[CHUNK_BYTES]` uint8 that starts on a page; pinned where this process uses a GPU.
+
+        Raises:
+            OSError: there is no memory for another.
+        """
         if self._free:
             return self._free.pop()
-        if torch.cuda.is_initialized():
-            return torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-        return torch.frombuffer(mmap.mmap(-1, CHUNK_BYTES), dtype=torch.uint8)
+        try:
+            if torch.cuda.is_initialized():
+                return torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+            return torch.frombuffer(mmap.mmap(-1, CHUNK_BYTES), dtype=torch.uint8)
+        except (MemoryError, RuntimeError) as error:
+            raise OSError(
+                f"no host memory for a copy of the state ({error}); set checkpoint.asynchronous=false"
+            ) from error
 
     def give_back(self, buffer: torch.Tensor) -> None:
         self._free.append(buffer)

@@ -54,7 +54,10 @@ def write_fragments(
 
     if copied is None:
         return _write_fast(path, chunks, done)
-    snapshot = list(chunks)
+    snapshot = []
+    for chunk in chunks:
+        snapshot.append(chunk)
+        progress(f"copying for {path.name}")
     copied()
     return _write_quietly(path, snapshot, done)
 

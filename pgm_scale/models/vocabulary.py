@@ -58,9 +58,9 @@ class VocabularyLinear(nn.Linear):
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size)
 
-    def forward(self, hidden: Tensor, compute: Callable[[nn.Linear], Tensor] | None = None) -> Tensor:
-        """fp32 logits, or what `compute` makes of the weights."""
-        return super().forward(hidden).float() if compute is None else compute(self)
+    def forward(self, hidden: Tensor, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """fp32 logits, or what `compute` makes of the hidden states while ZeRO-3 has the weights here."""
+        return super().forward(hidden).float() if compute is None else compute(hidden)
 
     def token_nll(
         self, hidden: Tensor, targets: Tensor, excluded_id: int | None, loss_weights: Tensor | None
@@ -68,7 +68,9 @@ class VocabularyLinear(nn.Linear):
         held = VocabularyRange(self.out_features)
         return self(
             hidden,
-            lambda own: chunked_nll(hidden, own.weight, own.bias, targets, excluded_id, loss_weights, held),
+            lambda given: chunked_nll(
+                given, self.weight, self.bias, targets, excluded_id, loss_weights, held
+            ),
         )
 
     def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:

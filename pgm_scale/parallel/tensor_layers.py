@@ -195,10 +195,10 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
 
     vocab_size: int
 
-    def forward(self, hidden: Tensor, compute: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
-        """fp32 logits of the whole vocabulary, or what `compute` makes of this rank's weights."""
+    def forward(self, hidden: Tensor, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """fp32 logits of the whole vocabulary, or what `compute` makes of the hidden states."""
         if compute is not None:
-            return compute(self)
+            return compute(hidden)
         scores = gather_from_tensor_model_parallel_region(self.own_scores(hidden), group=self.tp_group)
         return scores[..., : self.vocab_size]
 
@@ -209,8 +209,8 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         return self(
             hidden,
-            lambda own: chunked_nll(
-                hidden, own.weight, own.bias, targets, excluded_id, loss_weights, self._held()
+            lambda given: chunked_nll(
+                given, self.weight, self.bias, targets, excluded_id, loss_weights, self._held()
             ),
         )
 

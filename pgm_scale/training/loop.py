@@ -176,7 +176,10 @@ class TrainingRun:
             try:
                 self._loop(stop)
             except NonFiniteError:  # on all ranks, so they can still commit what was good before
-                self._finish_save()
+                try:
+                    self._finish_save()
+                except UserError as error:
+                    logger.error("%s", error)
                 raise
 
     def _loop(self, stop: StopFlag) -> None:
@@ -247,7 +250,11 @@ class TrainingRun:
         if result.stop_requested:
             self._save(step)  # first, as the scheduler may not wait for a validation
         if validates:
-            record |= self._validate(step)
+            try:
+                record |= self._validate(step)
+            except UserError:  # on all ranks, see `Engine.evaluation`
+                self._finish_save()
+                raise
         if records:
             self._write(step, record)
         if saves and not result.stop_requested:  # after the record, which a resume from this step must find

@@ -43,7 +43,11 @@ def batch_sampler(sampler: Sampler, model: nn.Module) -> BatchSampler:
 
 
 def fold(model: Any) -> Any:
-    """The folded form of a model that one device holds and evaluates, or the model itself."""
+    """The folded form of a model that one device holds and evaluates, or the model itself.
+
+    Nor is a model folded that is called in a way of its own: one in training, whose engine hears of each forward
+    pass by a hook, may wrap it in autocast, and has not planned for a second copy of the weights.
+    """
     if type(model) not in (PartitionTransformer, DiffusionTransformer) or not _is_whole(model):
         return model
     if isinstance(model, PartitionTransformer):
@@ -55,10 +59,12 @@ def fold(model: Any) -> Any:
 
 
 def _is_whole(model: Any) -> bool:
-    """Whether all weights are here, in plain linears, and used in their own dtype."""
+    """Whether all weights are here, in plain linears, used in their own dtype and by plain calls."""
     return (
         model.span == whole_span(model.config)
         and type(model.output_layer.linear) is VocabularyLinear
         and all(parameter.numel() for parameter in model.parameters())
         and not torch.is_autocast_enabled(model.output_layer.linear.weight.device.type)
+        and not model._forward_pre_hooks
+        and "forward" not in vars(model)
     )

@@ -44,6 +44,7 @@ class UniformSampler:
         order_BL = np.argsort(step_BL, axis=1, kind="stable")
         decoded_by_K = np.bincount(step_BL[0] + 1, minlength=1).cumsum().tolist()
         if self._decoder is None or self._decoder.shape != step_BL.shape:
+            self._decoder = None  # its buffers, before there are new ones
             self._decoder = OrderedDecoder(self.model, batch.rules, step_BL.shape, batch.device)
         self._decoder.load(batch, order_BL)
         return self._decoder.decode(decoded_by_K), len(decoded_by_K) - 1
