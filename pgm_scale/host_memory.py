@@ -1,9 +1,9 @@
 """Keep the memory that tensors free, so that the next ones need not pay for it again.
 
 By default glibc gives a large block back to the system as soon as it is freed, and the system clears the next one
-page by page at its first touch. A training or sampling step makes the same buffers again and again: measured on 2
-cores (H 256, L 1024, V 50258), this alone is worth 1.4x to 1.9x in training and 5x where whole float64 vocabularies
-are drawn (`ops/bench/LOG.md`).
+page by page at its first touch. A training or sampling step makes the same buffers again and again. What keeping
+them is worth depends on how many there are: on 2 cores 2.2x for a step with all logits and dense masks, between
+nothing and 1.4x for ours, which makes fewer (`ops/bench/LOG.md`).
 """
 
 from __future__ import annotations

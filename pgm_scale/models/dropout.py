@@ -1,8 +1,8 @@
 """Dropout; on a CPU with cheaper random numbers than torch's.
 
-torch spends 12 ns on one drawn boolean there, 7% of a training step (H 256, L 1024). Here every 64-bit number of
-the same generator decides four elements, 2 ns each with the product and its backward pass; a GPU's kernel has no
-such problem. The rate is a multiple of 2^-16, and the scale is that of the rate used: the mean is exact.
+torch spends 12 ns on one drawn boolean there, some 6% of a training step (H 256, L 1024). Here every 64-bit number
+of the same generator decides four elements: 4.9 to 2.3 ms a call with product, residual and backward pass. A GPU's
+kernel has no such problem. The rate is a multiple of 2^-16, and the scale is that of the rate used: the mean is exact.
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pgm_scale.models import chunked_nll, host_matmul
 from pgm_scale.models.chunked_nll import VocabularyRange
@@ -17,6 +21,12 @@ def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_matmul, "onednn_is_faster", lambda: True)
 
 
+def assert_gradients_agree(actual: Tensor, expected: Tensor, parameters: Sequence[Tensor]) -> None:
+    gradients = (torch.autograd.grad(x.sum(), parameters) for x in (actual, expected))
+    for own, its in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, its, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_linear_and_its_gradients(has_bias: bool) -> None:
     torch.manual_seed(0)
@@ -27,12 +37,7 @@ def test_a_linear_and_its_gradients(has_bias: bool) -> None:
     actual, expected = linear(x), F.linear(x, linear.weight, linear.bias)
     assert "OneDNN" in type(actual.grad_fn).__name__
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    for own, its in zip(
-        torch.autograd.grad((actual * weights).sum(), parameters),
-        torch.autograd.grad((expected * weights).sum(), parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(own, its, rtol=1e-5, atol=1e-4)
+    assert_gradients_agree(actual * weights, expected * weights, parameters)
 
 
 def test_only_fp32_outside_autocast_goes_there() -> None:
@@ -45,6 +50,14 @@ def test_only_fp32_outside_autocast_goes_there() -> None:
 
 def test_the_chunked_nll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_nll, "_CPU_CHUNK_LOGITS", 8 * 50)
+    products = 0
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        nonlocal products
+        products += 1
+        return host_matmul.onednn_product(*arguments, **options)
+
+    monkeypatch.setattr(chunked_nll, "onednn_product", counted)
     torch.manual_seed(0)
     arguments = [torch.randn(s, requires_grad=True) for s in ((21, 16), (50, 16), (50,))]
     targets_T, weights_T = torch.randint(50, (21,)), torch.rand(21)
@@ -54,9 +67,5 @@ def test_the_chunked_nll(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     expected = F.cross_entropy(F.linear(*arguments), targets_T, reduction="none")
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    for own, its in zip(
-        torch.autograd.grad((actual * weights_T).sum(), arguments),
-        torch.autograd.grad((expected * weights_T).sum(), arguments),
-        strict=True,
-    ):
-        torch.testing.assert_close(own, its, rtol=1e-5, atol=1e-5)
+    assert products == 2 * 3  # logits and hidden gradients of three chunks
+    assert_gradients_agree(actual * weights_T, expected * weights_T, arguments)
