@@ -2,7 +2,8 @@
 
 torch spends 12 ns on one drawn boolean there, some 6% of a training step (H 256, L 1024). Here every 64-bit number
 of the same generator decides four elements: 4.9 to 2.3 ms a call with product, residual and backward pass. A GPU's
-kernel has no such problem. The rate is a multiple of 2^-16, and the scale is that of the rate used: the mean is exact.
+kernel has no such problem. The rate is a multiple of 2^-16, and the scale is that of the rate used, so the mean is
+exact.
 """
 
 from __future__ import annotations
