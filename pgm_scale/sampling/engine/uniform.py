@@ -23,9 +23,9 @@ from pgm_scale.sampling.engine.partition import FoldedPartitionTransformer
 from pgm_scale.sampling.pgm_uniform import equal_steps, sample_uniform
 
 # Tokens are padded to a multiple of this many. oneDNN compiles a kernel for each new number of rows (1 to 2 ms)
-# and keeps 1,024 of them: 128 steps of ten linears threw each other out, which cost a quarter of the run. The
-# padding costs 2% of the linears at 8 tokens a step and L = 1024.
-PADDED_TOKENS = 32
+# and keeps 1,024 of them: at 8 tokens a step and L = 1024, 128 steps of ten linears threw each other out, which
+# cost a quarter of the run. Padded to 16 they fit, and the padding costs 1% of the linears.
+PADDED_TOKENS = 16
 
 
 class UniformSampler:
