@@ -9,17 +9,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep import image_cli
+from data_prep.output_cli import NOTES, add_output, add_validation_share
 from pgm_scale.errors import UserError
 
 if TYPE_CHECKING:
     from data_prep.readers import InputFile
     from data_prep.sources import DocumentSource
-
-_NOTES = """\
-The output folder gets a split folder `train` and a split folder `validation`, each with shards, tokenizer.json
-and dataset.json (hashes, counts, vocabulary, source). A preparation that was killed goes on with the same
-command and ends with the same bytes; a finished one is left as it is. While it works, the folder `.prepare` in
-the output takes about as much space again as the result. The number of workers changes no byte."""
 
 _TEXT_NOTES = f"""\
 Inputs are .txt, .jsonl and .parquet files, each plain, .gz or .zst, and folders of them, walked in sorted order.
@@ -27,35 +23,35 @@ A document is a .jsonl line, a .parquet row, or what --documents says of .txt; a
 65,536 characters is cut near that length into several. Documents go to validation by a hash of their content,
 so that equal ones are on one side.
 
-{_NOTES}"""
+{NOTES}"""
 
 _OPENWEBTEXT_NOTES = f"""\
 OpenWebText as published: GPT-2 tokens and an EOS after every document, joined in batches of 1,000 documents and
 cut into BOS + 1,022 tokens + EOS; the last 100,000 documents are the validation split. Without --input the
 parquet files of Skylion007/openwebtext are fetched from the hub, without running any script of it.
 
-{_NOTES}"""
+{NOTES}"""
 
 _LM1B_NOTES = f"""\
 LM1B as published: detokenised, bert-base-uncased, one sentence a row as [CLS] text [SEP], cut or padded to 128
 tokens; the test split is for validation. Without --train and --test the parquet files of
 billion-word-benchmark/lm1b are fetched from the hub, without running any script of it.
 
-{_NOTES}"""
+{NOTES}"""
 
 _PYTHON_DOCS_NOTES = f"""\
 The demonstration corpus: Python's language reference and the docstrings of its standard library, about 2 MB of
 English that every machine has. Equal documents are kept once and near-duplicates stay on one side.
 
-{_NOTES}"""
+{NOTES}"""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `prepare` and its kinds of input to the command line; `run` serves the parsed result."""
     prepare = subparsers.add_parser(
         "prepare",
-        help="text to token shards",
-        description="Turn text into token shards.\n\n" + _NOTES,
+        help="text or images to token shards",
+        description="Turn text or images into token shards.\n\n" + NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = prepare.add_subparsers(dest="source", required=True, metavar="SOURCE")
@@ -63,7 +59,7 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     text = _add_kind(kinds, "text", "any local text", _TEXT_NOTES, "train:bpe:32768", 1024, "wrap")
     text.add_argument("--input", nargs="+", required=True, type=Path, metavar="PATH", help="files or folders")
     _add_reading(text, "file")
-    _add_validation_share(text, 0.01)
+    add_validation_share(text, 0.01)
 
     openwebtext = _add_kind(
         kinds, "openwebtext", "OpenWebText, from files or the hub", _OPENWEBTEXT_NOTES, "gpt2", 1024, "wrap"
@@ -94,16 +90,20 @@ def add_arguments(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     python_docs = _add_kind(
         kinds, "python-docs", "the demonstration corpus", _PYTHON_DOCS_NOTES, "train:bpe:1024", 64, "wrap"
     )
-    _add_validation_share(python_docs, 0.05)
+    add_validation_share(python_docs, 0.05)
+    image_cli.add_arguments(kinds)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prepare what `args` (of `add_arguments`) ask for and print one line for each split.
 
     Raises:
-        UserError: see `data_prep.pipeline.prepare`.
+        UserError: see `data_prep.pipeline.prepare_job`.
     """
-    from data_prep.pipeline import PrepareOptions, prepare
+    if args.source in image_cli.SOURCES:
+        image_cli.run(args)
+        return
+    from data_prep.text import PrepareOptions, prepare
 
     options = PrepareOptions(
         output=args.output,
@@ -179,13 +179,8 @@ def _add_kind(
     length_tokens: int,
     packing: str,
 ) -> argparse.ArgumentParser:
-    """A subcommand with the options that all have, and its own defaults for them."""
-    kind = kinds.add_parser(
-        name, help=short, description=notes, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kind.add_argument(
-        "--output", required=True, type=Path, metavar="FOLDER", help="where the split folders go"
-    )
+    """A subcommand with the options that all texts have, and its own defaults for them."""
+    kind = add_output(kinds, name, short, notes)
     kind.add_argument(
         "--tokenizer",
         default=tokenizer,
@@ -207,23 +202,6 @@ def _add_kind(
         help="wrap: documents joined by EOS and cut into full rows; pad: one document a row, cut or padded "
         "(default: %(default)s)",
     )
-    kind.add_argument(
-        "--format",
-        choices=["mds", "tar"],
-        default="mds",
-        help="shards of mosaicml-streaming or WebDataset (default: %(default)s)",
-    )
-    kind.add_argument(
-        "--rows-per-shard",
-        type=int,
-        default=8192,
-        metavar="N",
-        help="rows of a full shard (default: %(default)s)",
-    )
-    kind.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes; 0 is one for each core (default: 0)"
-    )
-    kind.add_argument("--quiet", action="store_true", help="show no progress bars")
     return kind
 
 
@@ -240,16 +218,6 @@ def _add_reading(kind: argparse.ArgumentParser, separation: str) -> None:
         default="text",
         metavar="NAME",
         help="key of .jsonl or column of .parquet that holds the text (default: %(default)s)",
-    )
-
-
-def _add_validation_share(kind: argparse.ArgumentParser, share: float) -> None:
-    kind.add_argument(
-        "--validation-share",
-        type=float,
-        default=share,
-        metavar="SHARE",
-        help="share of the documents that is for validation (default: %(default)s)",
     )
 
 

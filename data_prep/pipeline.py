@@ -2,21 +2,21 @@
 
 1. Every unit of documents becomes a file of rows in `<output>/.prepare/units`, by any worker in any order.
 2. Every shard is made of a fixed range of the units' rows, in `<output>/.prepare/<split>`.
-3. Each split folder gets its tokenizer.json and dataset.json and is renamed into place: complete.
+3. Each split folder gets its tokenizer and dataset.json and is renamed into place: complete.
 
 Each file is written whole or not at all and depends on the plan alone, so a run that was killed goes on where
 it was and nothing depends on the number of workers. The work folder needs about as much space as the result.
+What the documents are, texts or images, is the job's to know.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -29,54 +29,122 @@ from rich.progress import (
 )
 
 from data_prep import work
-from data_prep.packing import Packing
 from data_prep.pool import Call, RunBounded, worker_pool
-from data_prep.sources import SPLITS, TRAIN, DocumentSource, units_of
-from data_prep.tokenizers import load_tokenizer, open_tokenizer, size_to_train, train_bpe, vocabulary_of
+from data_prep.sources import SPLITS
 from data_prep.units import (
     Encoding,
     ShardTask,
+    Unit,
     UnitCounts,
+    UnitRows,
+    encode_to_file,
     encode_unit,
     make_shard,
     read_counts,
+    write_unit,
 )
-from pgm_scale.data.manifest import TOKENIZER_NAME, DatasetManifest, Shard, ShardFormat, token_dtype_for
+from pgm_scale.data.manifest import (
+    TOKENIZER_NAME,
+    DatasetManifest,
+    ImageContent,
+    Shard,
+    ShardFormat,
+    TokenDtype,
+    Vocabulary,
+)
 from pgm_scale.data.writers import shard_name
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.files import sha256_file
 
 PLAN_VERSION = 1  # to be raised with any change of the output's bytes
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """`tokenizer` is a path, a hub name or `train:bpe:<size>`; `workers` 0 is one for each core."""
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """`workers` 0 is one for each core."""
 
     output: Path
-    tokenizer: str
-    length_tokens: int
-    packing: Packing = "wrap"
     format: ShardFormat = "mds"
     rows_per_shard: int = 8192
     workers: int = 0
     show_progress: bool = True
 
+    def problems(self) -> list[str]:
+        problems = []
+        if self.rows_per_shard < 1:
+            problems.append(f"--rows-per-shard {self.rows_per_shard} is below 1")
+        if self.workers < 0:
+            problems.append(f"--workers {self.workers} is negative; 0 is one for each core")
+        return problems
 
-def prepare(source: DocumentSource, options: PrepareOptions) -> list[DatasetManifest]:
-    """Write `<output>/<split>` for each split of the source and return their manifests.
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What the manifest says of all rows."""
+
+    vocabulary: Vocabulary
+    length_tokens: int
+    token_dtype: TokenDtype
+    packing: str
+    images: ImageContent | None = None
+
+
+Counts = dict[str, list[UnitCounts]]  # of all units, in order, by split
+
+
+class Job(Protocol):
+    """What there is to prepare."""
+
+    @property
+    def activity(self) -> str:
+        """What encoding is called, for the progress bar."""
+        ...
+
+    @property
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """Names of the files that `make_tokenizer` writes and that every split folder gets."""
+        ...
+
+    def plan(self) -> dict[str, Any]:
+        """Everything that decides the rows, in plain JSON values."""
+        ...
+
+    def make_tokenizer(self, folder: Path, progress: Progress) -> None:
+        """Write the files of the tokenizer into `folder`, which may hold those of a run that was killed."""
+        ...
+
+    def encoding(self, folder: Path) -> Encoding: ...
+
+    def total_documents(self) -> int | None:
+        """For the progress bar; None where counting would cost a pass."""
+        ...
+
+    def units(self) -> Iterator[Unit]:
+        """In an order that is always the same."""
+        ...
+
+    def check(self, counts: Counts) -> None:
+        """Called once all units are encoded; raises a `UserError` if no data set can be made of them."""
+        ...
+
+    def row_format(self, folder: Path) -> RowFormat:
+        """Called last."""
+        ...
+
+
+def prepare_job(job: Job, options: OutputOptions) -> list[DatasetManifest]:
+    """Write `<output>/<split>` for each split of the job and return their manifests.
 
     A completed output of the same plan is left as it is; after a kill the same call goes on.
 
     Raises:
-        UserError: bad options or input, a full disk, an output that holds something else, or one that another
-            process is writing.
+        UserError: bad input, a full disk, an output that holds something else, or one that another process is
+            writing.
     """
-    _check(options)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with work.only_writer(options.output):
-            return _prepare(source, options)
+            return _prepare(job, options)
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, most likely for memory; run the same command with fewer --workers, "
@@ -90,113 +158,80 @@ def prepare(source: DocumentSource, options: PrepareOptions) -> list[DatasetMani
         ) from None
 
 
-def _check(options: PrepareOptions) -> None:
-    problems = []
-    if options.length_tokens < 4:
-        problems.append(f"--length {options.length_tokens} is below 4 (BOS, EOS and text)")
-    if options.rows_per_shard < 1:
-        problems.append(f"--rows-per-shard {options.rows_per_shard} is below 1")
-    if options.workers < 0:
-        problems.append(f"--workers {options.workers} is negative; 0 is one for each core")
-    if problems:
-        raise UserError("; ".join(problems))
-
-
-def _prepare(source: DocumentSource, options: PrepareOptions) -> list[DatasetManifest]:
-    size = size_to_train(options.tokenizer)
-    loaded = load_tokenizer(options.tokenizer) if size is None else None
-    plan = _plan(source, options, _sha256(loaded) if loaded else options.tokenizer)
+def _prepare(job: Job, options: OutputOptions) -> list[DatasetManifest]:
+    plan = {
+        "version": PLAN_VERSION,
+        "format": options.format,
+        "rows_per_shard": options.rows_per_shard,
+        **job.plan(),
+    }
     done = work.completed(options.output, plan)
     if done:
         return done
     folder = work.claim(options.output, plan)
     with _progress(options.show_progress) as progress:
-        tokenizer_file = folder / TOKENIZER_NAME
-        if not tokenizer_file.exists():
-            atomic_write_bytes(tokenizer_file, loaded or _train_tokenizer(source, size or 0, progress))
-        tokenizer = tokenizer_file.read_bytes()
-        vocabulary = vocabulary_of(
-            open_tokenizer(tokenizer, options.tokenizer), options.packing, options.tokenizer
-        )
-        encoding = Encoding(
-            tokenizer_file, vocabulary, options.packing, options.length_tokens, source.detokenise
-        )
+        job.make_tokenizer(folder, progress)
+        encoding = job.encoding(folder)
         with worker_pool(encoding, options.workers) as run_bounded:
-            counts = _encode_units(source, folder, run_bounded, progress)
-            _refuse_empty(counts, options.length_tokens)
+            counts = _encode_units(job, encoding, folder, run_bounded, progress)
+            job.check(counts)
             shards = _make_shards(counts, folder, options, run_bounded, progress)
+    rows = job.row_format(folder)
     manifests = [
         DatasetManifest(
             format=options.format,
             split=split,
-            vocabulary=vocabulary,
-            tokenizer_sha256=_sha256(tokenizer),
-            length_tokens=options.length_tokens,
-            token_dtype=token_dtype_for(vocabulary.size),
-            packing=options.packing,
+            vocabulary=rows.vocabulary,
+            tokenizer_sha256=sha256_file(folder / TOKENIZER_NAME),
+            length_tokens=rows.length_tokens,
+            token_dtype=rows.token_dtype,
+            packing=rows.packing,
             source=plan,
             documents=sum(unit.documents for unit in counts[split]),
             rows=sum(unit.rows for unit in counts[split]),
             tokens=sum(unit.tokens for unit in counts[split]),
             shards=shards[split],
+            images=rows.images,
         )
         for split in SPLITS
     ]
     for manifest in manifests:
-        work.finish(folder, options.output, tokenizer, manifest)
+        work.finish(folder, options.output, job.tokenizer_files, manifest)
     shutil.rmtree(folder)
     return manifests
 
 
-def _plan(source: DocumentSource, options: PrepareOptions, tokenizer: str) -> dict[str, Any]:
-    """Everything that decides the output's bytes; kept in `dataset.json` as its source."""
-    return {
-        "version": PLAN_VERSION,
-        "tokenizer": tokenizer,
-        "length_tokens": options.length_tokens,
-        "packing": options.packing,
-        "format": options.format,
-        "rows_per_shard": options.rows_per_shard,
-        "unit": asdict(source.unit_size),
-        "text": source.describe(),
-    }
-
-
-def _train_tokenizer(source: DocumentSource, size: int, progress: Progress) -> bytes:
-    task = progress.add_task("training the tokenizer", total=None)
-    texts = (
-        source.detokenise(text) if source.detokenise else text
-        for split, text in source.documents()
-        if split == TRAIN
-    )
-    content = train_bpe(texts, size)
-    progress.update(task, total=1, completed=1)
-    return content
-
-
 def _encode_units(
-    source: DocumentSource, folder: Path, run_bounded: RunBounded, progress: Progress
-) -> dict[str, list[UnitCounts]]:
+    job: Job, encoding: Encoding, folder: Path, run_bounded: RunBounded, progress: Progress
+) -> Counts:
     """Counts of all units by split, in order. What an earlier run has finished is read past, not encoded."""
-    bar = progress.add_task("tokenizing", total=source.total_documents())
+    bar = progress.add_task(job.activity, total=job.total_documents())
     counts: dict[str, dict[int, UnitCounts]] = {split: {} for split in SPLITS}
+    finish = encoding.finisher()
 
     def calls() -> Iterator[Call]:
-        for unit in units_of(source.documents(), source.unit_size):
-            file = _unit_file(folder, unit.split, unit.number)
+        for unit in job.units():
             key = (unit.split, unit.number)
-            yield (key, read_counts, file) if file.exists() else (key, encode_unit, unit, file)
+            file = _unit_file(folder, *key)
+            if file.exists():
+                yield key, read_counts, file
+            elif finish is None:
+                yield key, encode_to_file, unit, file
+            else:
+                yield key, encode_unit, unit
 
-    for (split, number), unit_counts in run_bounded(calls()):
-        counts[split][number] = unit_counts
-        progress.advance(bar, unit_counts.documents)
+    for (split, number), result in run_bounded(calls()):
+        if finish is not None and isinstance(result, UnitRows):
+            result = write_unit(finish(result), _unit_file(folder, split, number))
+        counts[split][number] = result
+        progress.advance(bar, result.documents + len(result.rejected))
     return {split: [by_number[n] for n in sorted(by_number)] for split, by_number in counts.items()}
 
 
 def _make_shards(
-    counts: dict[str, list[UnitCounts]],
+    counts: Counts,
     folder: Path,
-    options: PrepareOptions,
+    options: OutputOptions,
     run_bounded: RunBounded,
     progress: Progress,
 ) -> dict[str, tuple[Shard, ...]]:
@@ -237,16 +272,6 @@ def shard_ranges(rows_of_units: list[int], rows_per_shard: int) -> list[list[tup
     return shards
 
 
-def _refuse_empty(counts: dict[str, list[UnitCounts]], length_tokens: int) -> None:
-    for split in SPLITS:
-        if not any(unit.rows for unit in counts[split]):
-            documents = sum(unit.documents for unit in counts[split])
-            raise UserError(
-                f"the {split} split has {documents} documents, too few for one row of {length_tokens} "
-                "tokens; give more text, a shorter --length, or another share for validation"
-            )
-
-
 def _progress(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -261,7 +286,3 @@ def _progress(shown: bool) -> Progress:
 
 def _unit_file(folder: Path, split: str, number: int) -> Path:
     return folder / "units" / f"{split}-{number:07d}.npz"
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

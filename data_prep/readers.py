@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +26,13 @@ from pgm_scale.errors import UserError
 from pgm_scale.files import sha256_file
 
 Separation = Literal["file", "paragraph", "line"]
+TEXT_KINDS = (".txt", ".jsonl", ".parquet")
 
 LONGEST_TXT_CHARACTERS = 65_536
 _BLOCK_BYTES = 1 << 18
 _LONGEST_JSON_BYTES = 1 << 28
 _PARQUET_BATCH_ROWS = 256
+_HASHED_AT_A_TIME = 4096
 _HASHING_THREADS = 4  # hashlib releases the interpreter lock
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 
@@ -57,8 +59,16 @@ class InputFile:
         return Path(name).suffix
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[InputFile]:
+def find_files(
+    inputs: Sequence[str | Path],
+    kinds: Collection[str] = TEXT_KINDS,
+    named: str = ".txt, .jsonl or .parquet",
+) -> list[InputFile]:
     """The files to read, in order: inputs as given, folders walked in sorted order, hidden entries left out.
+
+    Args:
+        kinds: the `InputFile.kind`s to look for.
+        named: the same in the words of an error.
 
     Raises:
         UserError: an input that is absent, a file of an unknown kind, or no file at all.
@@ -67,22 +77,16 @@ def find_files(inputs: Sequence[str | Path]) -> list[InputFile]:
     for entry in map(Path, inputs):
         if entry.is_dir():
             found = [InputFile(path, path.relative_to(entry).as_posix()) for path in _walk(entry)]
-            files += sorted((f for f in found if f.kind in _READERS), key=lambda f: f.name.split("/"))
+            files += sorted((f for f in found if f.kind in kinds), key=lambda f: f.name.split("/"))
         elif entry.is_file():
             files.append(InputFile(entry, entry.name))
         else:
-            raise UserError(
-                f"{entry}: no such file or folder; give .txt, .jsonl or .parquet files or folders"
-            )
-    unknown = [str(file.path) for file in files if file.kind not in _READERS]
+            raise UserError(f"{entry}: no such file or folder; give {named} files or folders")
+    unknown = [str(file.path) for file in files if file.kind not in kinds]
     if unknown:
-        raise UserError(
-            f"{unknown[0]}: unknown kind of file; give .txt, .jsonl or .parquet, plain, .gz or .zst"
-        )
+        raise UserError(f"{unknown[0]}: unknown kind of file; give {named}, plain, .gz or .zst")
     if not files:
-        raise UserError(
-            f"no .txt, .jsonl or .parquet file (plain, .gz or .zst) in {', '.join(map(str, inputs))}"
-        )
+        raise UserError(f"no {named} file (plain, .gz or .zst) in {', '.join(map(str, inputs))}")
     return files
 
 
@@ -104,11 +108,13 @@ def fingerprint_files(files: Sequence[InputFile]) -> dict[str, Any]:
         with reported(file.path):
             return f"{sha256_file(file.path)} {file.path.stat().st_size} {file.name}\n"
 
+    digest = hashlib.sha256()
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-        lines = "".join(threads.map(line, files))
+        for start in range(0, len(files), _HASHED_AT_A_TIME):  # a million images are a million small files
+            lines = "".join(threads.map(line, files[start : start + _HASHED_AT_A_TIME]))
+            digest.update(lines.encode("utf-8", "surrogateescape"))
     size_bytes = sum(file.path.stat().st_size for file in files)
-    digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
-    return {"files": len(files), "bytes": size_bytes, "sha256": digest}
+    return {"files": len(files), "bytes": size_bytes, "sha256": digest.hexdigest()}
 
 
 def read_documents(file: InputFile, reading: Reading) -> Iterator[str]:
@@ -119,7 +125,7 @@ def read_documents(file: InputFile, reading: Reading) -> Iterator[str]:
 def count_documents(file: InputFile, reading: Reading) -> int:
     """How many documents `read_documents` gives; a plain .parquet answers without being read."""
     if file.path.suffix.lower() == ".parquet":
-        with _parquet(file.path) as parquet:
+        with open_parquet(file.path) as parquet:
             return parquet.metadata.num_rows
     return sum(1 for _ in read_documents(file, reading))
 
@@ -228,7 +234,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
-    with _parquet(path) as parquet:
+    with open_parquet(path) as parquet:
         schema = parquet.schema_arrow
         if reading.field not in schema.names:
             found = ", ".join(map(repr, schema.names))
@@ -250,7 +256,8 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[str]:
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; whatever is wrong with the file is a `UserError`, also while it is read."""
     import pyarrow
     import pyarrow.parquet
 

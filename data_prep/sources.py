@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.readers import Reading, find_files, fingerprint_files, read_documents
+from data_prep.units import Unit
 from pgm_scale.errors import UserError
 
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
@@ -50,18 +51,9 @@ class DocumentSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Consecutive documents of one split: all that one worker needs, and all that its result depends on."""
-
-    split: str
-    number: int
-    texts: list[str]
-
-
-def units_of(documents: Iterable[tuple[str, str]], size: UnitSize) -> Iterator[Unit]:
-    """Deal documents out in order; at most one unit of each split is held."""
-    waiting: dict[str, list[str]] = {}
+def units_of(documents: Iterable[tuple[str, Any]], size: UnitSize) -> Iterator[Unit]:
+    """Deal (split, document) out in order; at most one unit of each split is held."""
+    waiting: dict[str, list[Any]] = {}
     characters: dict[str, int] = {}
     numbers: dict[str, int] = {}
 
@@ -70,11 +62,12 @@ def units_of(documents: Iterable[tuple[str, str]], size: UnitSize) -> Iterator[U
         characters[split] = 0
         return Unit(split, numbers[split], waiting.pop(split))
 
-    for split, text in documents:
-        texts = waiting.setdefault(split, [])
-        texts.append(text)
-        characters[split] = characters.get(split, 0) + len(text)
-        if len(texts) == size.documents or (size.characters and characters[split] >= size.characters):
+    for split, document in documents:
+        unit = waiting.setdefault(split, [])
+        unit.append(document)
+        if size.characters:
+            characters[split] = characters.get(split, 0) + len(document)
+        if len(unit) == size.documents or (size.characters and characters[split] >= size.characters):
             yield take(split)
     for split in sorted(waiting):
         yield take(split)

@@ -1,10 +1,11 @@
 """What a worker process does: a unit of documents to a file of rows, and rows of several units to a shard.
 
-A worker imports numpy and tokenizers only, and ends with its parent, even when that is killed.
+A worker imports what its encoding needs, and ends with its parent, even when that is killed.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -12,26 +13,43 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from data_prep.packing import Packing, pack
-from data_prep.sources import Unit
-from data_prep.tokenizers import encode, open_tokenizer
-from pgm_scale.data.manifest import Shard, ShardFormat, Vocabulary
+from pgm_scale.data.manifest import Shard, ShardFormat
 from pgm_scale.files import commit, sha256_file
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How every unit is encoded: given to each worker once."""
+class Unit:
+    """Consecutive documents of one split: all that one worker needs, and all that its result depends on.
 
-    tokenizer_file: Path
-    vocabulary: Vocabulary
-    packing: Packing
-    length_tokens: int
-    detokenise: Callable[[str], str] | None
+    `documents` are texts, or the images of `data_prep.image_sources`.
+    """
+
+    split: str
+    number: int
+    documents: list[Any]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A document that cannot be used, and why, in a few words."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """What a unit becomes: tokens [R, L], valid lengths [R], labels [R] of images, of so many documents."""
+
+    documents: int
+    tokens_RL: np.ndarray
+    valid_lengths_R: np.ndarray
+    labels_R: np.ndarray | None = None
+    rejected: tuple[Rejected, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,19 @@ class UnitCounts:
     documents: int
     rows: int
     tokens: int
+    rejected: tuple[Rejected, ...] = ()
+
+
+class Encoding(Protocol):
+    """How every unit is encoded: given to each worker once."""
+
+    def start(self) -> Callable[[Unit], UnitRows]:
+        """Called in each worker process; what it returns does the work of a worker."""
+        ...
+
+    def finisher(self) -> Callable[[UnitRows], UnitRows] | None:
+        """Called in the main process: the rest of the work, for what only it has (a GPU); None for nothing."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,18 +82,16 @@ class ShardTask:
     parts: tuple[tuple[Path, int, int], ...]
 
 
-_encoding: Encoding
-_tokenizer: Tokenizer
+_encode: Callable[[Unit], UnitRows]
 
 
 def start_worker(encoding: Encoding) -> None:
     """Called once in each worker process."""
-    global _encoding, _tokenizer
+    global _encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which then lets us finish
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoding = encoding
-    _tokenizer = open_tokenizer(encoding.tokenizer_file.read_bytes(), str(encoding.tokenizer_file))
+    _encode = encoding.start()
 
 
 def _end_with_parent() -> None:
@@ -73,20 +102,27 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_unit(unit: Unit, file: Path) -> UnitCounts:
+def encode_unit(unit: Unit) -> UnitRows:
+    return _encode(unit)
+
+
+def encode_to_file(unit: Unit, file: Path) -> UnitCounts:
+    return write_unit(_encode(unit), file)
+
+
+def write_unit(rows: UnitRows, file: Path) -> UnitCounts:
     """Write the rows of one unit to `file` (.npz), whole or not at all."""
-    texts = unit.texts if _encoding.detokenise is None else list(map(_encoding.detokenise, unit.texts))
-    tokens_RL, valid_lengths_R = pack(
-        _encoding.packing, list(encode(_tokenizer, texts)), _encoding.length_tokens, _encoding.vocabulary
-    )
-    counts = UnitCounts(len(texts), len(tokens_RL), int(valid_lengths_R.sum()))
+    counts = UnitCounts(rows.documents, len(rows.tokens_RL), int(rows.valid_lengths_R.sum()), rows.rejected)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")
+    labels = {} if rows.labels_R is None else {"labels_R": rows.labels_R}
     with open(temporary, "wb") as stream:
         np.savez(
             stream,
-            tokens_RL=tokens_RL,
-            valid_lengths_R=valid_lengths_R,
+            tokens_RL=rows.tokens_RL,
+            valid_lengths_R=rows.valid_lengths_R,
             counts=np.array([counts.documents, counts.rows, counts.tokens]),
+            rejected=np.array(json.dumps([[r.name, r.reason] for r in rows.rejected])),
+            **labels,
         )
     commit(temporary, file)
     return counts
@@ -94,22 +130,23 @@ def encode_unit(unit: Unit, file: Path) -> UnitCounts:
 
 def read_counts(file: Path) -> UnitCounts:
     with np.load(file, allow_pickle=False) as content:
-        return UnitCounts(*content["counts"].tolist())
+        documents, rows, tokens = content["counts"].tolist()
+        rejected = tuple(Rejected(name, reason) for name, reason in json.loads(str(content["rejected"])))
+        return UnitCounts(documents, rows, tokens, rejected)
 
 
 def make_shard(task: ShardTask) -> Shard:
     """Write one shard, unless an earlier run has: a file that is there is whole."""
     from pgm_scale.data.writers import write_shard
 
-    tokens, valid_lengths = [], []
     path = task.folder / task.name
     if path.exists():
         rows = sum(last - first for _, first, last in task.parts)
         return Shard(task.name, rows, path.stat().st_size, sha256_file(path))
+    columns: dict[str, list[np.ndarray]] = {}
     for file, first, last in task.parts:
         with np.load(file, allow_pickle=False) as content:
-            tokens.append(content["tokens_RL"][first:last])
-            valid_lengths.append(content["valid_lengths_R"][first:last])
-    return write_shard(
-        task.folder, task.name, task.format, np.concatenate(tokens), np.concatenate(valid_lengths)
-    )
+            for name in {"tokens_RL", "valid_lengths_R", "labels_R"} & set(content.files):
+                columns.setdefault(name, []).append(content[name][first:last])
+    whole = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return write_shard(task.folder, task.name, task.format, **whole)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import SPLITS
-from pgm_scale.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DatasetManifest
+from pgm_scale.data.manifest import MANIFEST_NAME, DatasetManifest
 from pgm_scale.data.writers import write_mds_index
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
@@ -77,7 +77,7 @@ def claim(output: Path, plan: dict[str, Any]) -> Path:
     return folder
 
 
-def finish(folder: Path, output: Path, tokenizer: bytes, manifest: DatasetManifest) -> None:
+def finish(folder: Path, output: Path, tokenizer_files: tuple[str, ...], manifest: DatasetManifest) -> None:
     """Complete the shards in `folder` to a data set and move it into place, unless it is there already."""
     final = output / manifest.split
     if (final / MANIFEST_NAME).exists():
@@ -87,7 +87,8 @@ def finish(folder: Path, output: Path, tokenizer: bytes, manifest: DatasetManife
     for path in list(staging.iterdir()):
         if path.name not in shards:  # of a writer that was killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    atomic_write_bytes(staging / TOKENIZER_NAME, tokenizer)
+    for name in tokenizer_files:
+        atomic_write_bytes(staging / name, (folder / name).read_bytes())
     if manifest.format == "mds":
         write_mds_index(staging, manifest)
     manifest.save(staging)

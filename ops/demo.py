@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ops.demo_tools import run_command, steps_within_budget
 from pgm_scale import config as configuration
 from pgm_scale.config import DiffusionTransformerConfig, SamplerConfig
 from pgm_scale.data.storage import SplitStorage
@@ -28,8 +29,6 @@ from pgm_scale.evaluation.perplexity import Perplexity, unigram_perplexity
 from pgm_scale.evaluation.report import plot_curves, read_metrics
 from pgm_scale.evaluation.validation import validation_loader
 from pgm_scale.models import build_model
-from pgm_scale.objectives import build_objective
-from pgm_scale.objectives.base import DrawSpec, loss_terms
 from pgm_scale.run_folder import load_run
 from pgm_scale.sampling import known_prefixes, sample
 
@@ -48,54 +47,16 @@ def main() -> int:
     os.chdir(ROOT)
     shutil.rmtree(FOLDER / "run", ignore_errors=True)
     run_command("prepare", "python-docs", "--format", "tar", "--output", str(FOLDER / "data"))
-    steps = steps_within_budget()
+    steps = steps_within_budget(CONFIG, TRAINING_BUDGET_S, MOST_STEPS)
     train = ("train", str(CONFIG), f"training.steps={steps}")
     stopped_at = train_and_stop_half_way(train, steps)
     run_command(*train)
     result = FOLDER / "eval.json"
     run_command("eval", str(FOLDER / "run"), "--sequences", "100000", "--draws", "4", "--json", str(result))
-    continuation = run_command("sample", str(FOLDER / "run"), "--prompt", PROMPT, "--format", "jsonl")
-    infilling = run_command("sample", str(FOLDER / "run"), "--infill", TEMPLATE, "--format", "jsonl")
+    sample_lines = ("sample", str(FOLDER / "run"), "--format", "jsonl")  # shown by the report
+    continuation = run_command(*sample_lines, "--prompt", PROMPT, shows_output=False)
+    infilling = run_command(*sample_lines, "--infill", TEMPLATE, shows_output=False)
     return report(json.loads(result.read_text()), stopped_at, continuation, infilling, started_s)
-
-
-def run_command(*arguments: str) -> str:
-    """Run `pgm-scale` with the arguments, showing the command and what it says on stderr; returns its stdout."""
-    print(f"\n$ pgm-scale {shlex.join(arguments)}", flush=True)
-    command = [sys.executable, "-m", "pgm_scale.cli", *arguments]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if finished.returncode:
-        sys.exit(f"the demo stops: that command ended with exit code {finished.returncode}")
-    if "jsonl" not in arguments:  # samples are shown by the report
-        print(finished.stdout, end="", flush=True)
-    return finished.stdout
-
-
-def steps_within_budget() -> int:
-    """Steps that this machine can train in the time there is, from a few timed ones."""
-    config = configuration.load(CONFIG)
-    storage = SplitStorage(config.data.train)
-    vocabulary, length = storage.manifest.vocabulary, storage.manifest.length_tokens
-    model = build_model(config.model, vocabulary.size, length)
-    objective = build_objective(config.objective, vocabulary)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch_sequences = config.training.global_batch_sequences
-    loader = validation_loader(storage)
-    timings = []
-    for step in range(40):
-        batch = loader.read(np.arange(batch_sequences) + step * batch_sequences)
-        start_s = time.perf_counter()
-        inputs = objective.training_inputs(batch, DrawSpec(0, batch_sequences))
-        terms = loss_terms(objective, model, inputs)
-        (terms.loss_S.sum() / batch.tokens_BL.size).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        timings.append(time.perf_counter() - start_s)
-    # The engine, the log and the saves take about as long again as a fifth of a step.
-    step_s = 1.2 * float(np.median(timings[10:]))
-    steps = min(MOST_STEPS, int(TRAINING_BUDGET_S / step_s))
-    print(f"\n{step_s * 1000:.0f} ms a step here: training {steps} steps, about {steps * step_s:.0f} s")
-    return steps
 
 
 def train_and_stop_half_way(train: tuple[str, ...], steps: int) -> int:

@@ -112,7 +112,10 @@ BF16 = Section(
     "bf16, against one process in bf16",
     both(*BF16_SHAPES, (1, 2, 2), precision="bf16")
     + both((4,), (2, 2), precision="bf16", sequence_parallel=True)
-    + both((1, 2, 2), precision="bf16", offload_optimizer=True),
+    + both((1, 2, 2), precision="bf16", offload_optimizer=True)
+    + both(
+        (1, 1, 1, 0), (2, 1, 1, 0), (1, 2), (2, 1, 2, 3), models=["image PGM", "MaskGIT"], precision="bf16"
+    ),
     BF16_BOUNDS,
 )
 BF16_ITSELF = Section(
@@ -148,6 +151,25 @@ FP32_SECTIONS = (
         "AR",
         both((4,), (1, 3), (2, 2), (2, 1, 2, 3), models=["AR"])
         + both((2,), (2, 2), models=["AR"], sequence_parallel=True),
+    ),
+    Section(
+        "PGM of images, with classes and registers",
+        both((2,), (4,), (1, 1, 2, 0), (1, 1, 2, 2), (1, 1, 2, 3), (2, 1, 2, 3), (1, 2), models=["image PGM"])
+        + both((1, 3), (2, 2), (1, 2, 2), (2, 3), (4, 2), models=["image PGM"])
+        + both((2,), (4,), (2, 1, 2, 3), (2, 2), models=["image PGM"], sequence_parallel=True)
+        + both((2, 2), models=["image PGM"], sequence_parallel=True, stage_units=(1, 6))
+        + both((1,), (1, 1, 2, 3), (2, 3), models=["image PGM"], recompute_blocks=True)
+        + both((1, 1, 2, 1), (2, 2), models=["image PGM"], offload_optimizer=True)
+        + both((1, 2), models=["image PGM"], stage_units=()),
+    ),
+    Section(
+        "MaskGIT, whose output linear is the token table",
+        both((2,), (4,), (1, 1, 2, 0), (1, 1, 2, 2), (1, 1, 2, 3), (2, 1, 2, 3), (1, 2), models=["MaskGIT"])
+        + both((1, 3), (2, 2), (1, 2, 2), (2, 3), (4, 2), models=["MaskGIT"])
+        + both((4,), (2, 2), models=["MaskGIT"], sequence_parallel=True)
+        + both((1,), (1, 1, 2, 3), (2, 3), models=["MaskGIT"], recompute_blocks=True)
+        + both((1, 1, 2, 1), (2, 2), models=["MaskGIT"], offload_optimizer=True)
+        + both((1, 2), models=["MaskGIT"], stage_units=()),
     ),
     Section("D3PM, time-conditioned", both((4,), (1, 3), (2, 2), (2, 1, 2, 3), models=["D3PM"])),
 )

@@ -2,7 +2,7 @@
 
 The runs are made to be awkward: rows of random valid length, so that ranks hold different token counts; a prime
 vocabulary, which no tensor-parallel size divides; several micro-batches; stages cut where a PGM's pipeline passes
-one stream, both streams, and the decoder's alone.
+one stream, both streams, and the decoder's alone. Images have codes and labels at random.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from pgm_scale.config import (
     D3PMObjectiveConfig,
     DataConfig,
     DiffusionTransformerConfig,
+    ImagePGMObjectiveConfig,
+    MaskGITObjectiveConfig,
+    MaskGITTransformerConfig,
     MDLMObjectiveConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -41,7 +44,7 @@ from pgm_scale.config import (
     TrainingConfig,
     ValidationConfig,
 )
-from pgm_scale.data.manifest import DatasetManifest, Vocabulary
+from pgm_scale.data.manifest import VQ_WEIGHTS_NAME, DatasetManifest, ImageContent, Vocabulary
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.data.writers import shard_name, write_shard
 from pgm_scale.files import sha256_file
@@ -53,6 +56,10 @@ from pgm_scale.training.step import MicroBatch, StepResult
 
 LENGTH_TOKENS = 16
 VOCABULARY = Vocabulary(size=23, mask_id=22, bos_id=0, eos_id=0, pad_id=None)
+CODEBOOK, GRID_SIDE, CLASSES = 21, 4, ("a", "b", "c")
+IMAGE_VOCABULARY = Vocabulary(
+    size=CODEBOOK + 2, mask_id=CODEBOOK, bos_id=CODEBOOK + 1, eos_id=CODEBOOK + 1, pad_id=None
+)
 STEPS = 5
 GLOBAL_BATCH_SEQUENCES = 16
 LEARNING_RATE = 3e-3
@@ -69,6 +76,14 @@ WORKLOADS: dict[str, tuple[ModelConfig, ObjectiveConfig]] = {
     "MDLM": (DiffusionTransformerConfig(**_DIFFUSION), MDLMObjectiveConfig()),
     "AR": (AutoregressiveTransformerConfig(**_SIZE, num_blocks=4), AutoregressiveObjectiveConfig()),  # type: ignore[arg-type]
     "D3PM": (DiffusionTransformerConfig(**_DIFFUSION, time_conditioned=True), D3PMObjectiveConfig()),
+    "image PGM": (
+        PartitionTransformerConfig(**_PARTITION, num_classes=len(CLASSES), registers=4),
+        ImagePGMObjectiveConfig(),
+    ),
+    "MaskGIT": (
+        MaskGITTransformerConfig(**_SIZE, num_blocks=4, num_classes=len(CLASSES), registers=3),  # type: ignore[arg-type]
+        MaskGITObjectiveConfig(),
+    ),
     "PGM mlp4 mean": (
         PartitionTransformerConfig(
             **_PARTITION, group_swap_query="learn+freqs+mean", group_swap_processor="mlp4"
@@ -111,6 +126,7 @@ class Case:
     def config(self, data: Path, runs: Path) -> RunConfig:
         """The run of this case in a folder of its own in `runs`, on the data of `write_data`."""
         model, objective = WORKLOADS[self.workload]
+        data = data / ("images" if getattr(model, "num_classes", 0) else "text")
         return RunConfig(
             folder=str(runs / self.name.replace(" ", "_")),
             data=DataConfig(str(data / "train"), str(data / "validation")),
@@ -135,14 +151,42 @@ class Case:
 
 
 def write_data(folder: Path) -> Path:
-    """Splits `train` and `validation` of random tokens, in rows of random valid length."""
+    """Splits `train` and `validation` of `text`, and of the codes of `images`."""
     for seed, (split, rows) in enumerate({"train": 100, "validation": 24}.items()):
-        _write_split(folder / split, split, rows, np.random.default_rng(seed))
+        for kind, write in (("text", _write_text), ("images", _write_images)):
+            part = folder / kind / split
+            part.mkdir(parents=True)
+            write(part, split, rows, np.random.default_rng(seed))
     return folder
 
 
-def _write_split(folder: Path, split: str, rows: int, generator: np.random.Generator) -> None:
-    folder.mkdir(parents=True)
+def _write_images(folder: Path, split: str, rows: int, generator: np.random.Generator) -> None:
+    """Rows of BOS and random codes, whose VQ is never loaded."""
+    tokenizer, weights = folder / "tokenizer.json", folder / VQ_WEIGHTS_NAME
+    weights.touch()
+    tokenizer.write_text(json.dumps({"kind": "vq", "weights_sha256": sha256_file(weights)}))
+    tokens = generator.integers(0, CODEBOOK, (rows, 1 + GRID_SIDE**2)).astype(np.uint16)
+    tokens[:, 0] = IMAGE_VOCABULARY.bos_id
+    valid, labels = np.full(rows, tokens.shape[1]), generator.integers(0, len(CLASSES), rows)
+    DatasetManifest(
+        format="tar",
+        split=split,
+        vocabulary=IMAGE_VOCABULARY,
+        tokenizer_sha256=sha256_file(tokenizer),
+        length_tokens=tokens.shape[1],
+        token_dtype="uint16",
+        packing="none",
+        source={},
+        documents=rows,
+        rows=rows,
+        tokens=tokens.size,
+        shards=(write_shard(folder, shard_name(0, "tar"), "tar", tokens, valid, labels),),
+        images=ImageContent("codes", side_pixels=8, channels=1, grid_side=GRID_SIDE, class_names=CLASSES),
+    ).save(folder)
+
+
+def _write_text(folder: Path, split: str, rows: int, generator: np.random.Generator) -> None:
+    """Random tokens, in rows of random valid length."""
     tokenizer = folder / "tokenizer.json"
     words = {f"w{word}": word for word in range(VOCABULARY.mask_id)}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(tokenizer))
@@ -266,8 +310,9 @@ def differences(run: Path, reference: Path, step: int = STEPS) -> dict[str, floa
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The run's metrics, one a step."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The run's metrics, one a step; a validation loss that is no likelihood has the name of one that is."""
+    text = (run / "metrics.jsonl").read_text().replace('"validation_loss"', '"validation_nll"')
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _largest(values: Iterable[Any]) -> float:

@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_train(commands)
     _add_eval(commands)
+    _add_eval_images(commands)
     _add_sample(commands)
     _add_plan(commands)
     _add_config(commands)
@@ -119,9 +120,10 @@ def _train(options: argparse.Namespace) -> None:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "eval",
-        help="validation perplexity of a run",
+        help="validation perplexity or loss of a run",
         description="Perplexity bound (exact for autoregressive models) with its standard error, with fixed "
-        "draws, of the newest good checkpoint. Prints a line and, with --json, writes a record.",
+        "draws, of the newest good checkpoint; of image models, which have no likelihood, the validation loss. "
+        "Prints a line and, with --json, writes a record.",
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run")
     parser.add_argument("--split", help="split folder to score (default: the run's validation split)")
@@ -148,32 +150,95 @@ def _eval(options: argparse.Namespace) -> None:
     result = evaluate_run(
         options.run_folder, options.split, options.sequences, options.draws, options.batch, options.weights
     )
+    if "perplexity" in result:
+        value = f"perplexity {result['perplexity']:.3f} +- {result['perplexity_standard_error']:.3f} "
+        value += f"({result['nll_nats_per_token']:.4f} nats/token, "
+    else:
+        value = f"loss {result['loss']:.5f} +- {result['loss_standard_error']:.5f} ("
     print(
-        f"{result['split']}: perplexity {result['perplexity']:.3f} +- {result['perplexity_standard_error']:.3f} "
-        f"({result['nll_nats_per_token']:.4f} nats/token, {result['sequences']} sequences, "
+        f"{result['split']}: {value}{result['sequences']} sequences, "
         f"{result['draws']} draw(s), step {result['step']}, {result['weights']} weights)"
     )
     if options.json:
         atomic_write_bytes(Path(options.json), (json.dumps(finite(result), indent=2) + "\n").encode())
 
 
+def _add_eval_images(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "eval-images",
+        help="FID and Inception score of a run's samples, or of a VQ tokenizer's reconstructions",
+        description="Sample images from the newest good checkpoint and compare them with a reference, or, with "
+        "--vq PATH --reconstruction, a tokenizer's reconstructions with their originals. Under torchrun or srun "
+        "the ranks share the work. A run that was interrupted goes on; the numbers are the same.",
+    )
+    parser.add_argument("run_folder", metavar="RUN", nargs="?", help="folder of a run")
+    parser.add_argument(
+        "--reference",
+        required=True,
+        metavar="PATH",
+        help="split folder of pixels or codes, folder of images, or statistics (.npz of ours, .pt of mu and cov)",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where the result is written")
+    parser.add_argument("--work", metavar="FOLDER", help="codes and features, kept (default: FILE.json.work)")
+    parser.add_argument("--vq", metavar="PATH", help="VQ tokenizer (default: the run's own)")
+    parser.add_argument("--reconstruction", action="store_true", help="evaluate the tokenizer of --vq")
+    parser.add_argument("--count", type=_positive, default=50_000, help="samples (default 50000)")
+    parser.add_argument(
+        "--features",
+        choices=("inception", "light"),
+        default="inception",
+        help="light needs no weights and is not comparable with FID (default inception)",
+    )
+    parser.add_argument(
+        "--inception", metavar="PATH", help="Inception weights of torch-fidelity; never downloaded"
+    )
+    parser.add_argument(
+        "--classifier",
+        metavar="SPLIT",
+        help="labelled images from which the classifier of light features learns (default: the reference)",
+    )
+    parser.add_argument("--save-reference", metavar="FILE.npz", help="write the reference's statistics")
+    parser.add_argument(
+        "--labels",
+        choices=("reference", "balanced"),
+        help="classes in the order of the reference's rows, or in turn (default: reference, if it has labels)",
+    )
+    parser.add_argument("--sampler", choices=("halton", "confidence"), help="(default: the run's)")
+    parser.add_argument("--steps", type=_positive, help="decoding steps (default: the run's)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance w (default: the run's)")
+    parser.add_argument("--guidance-schedule", choices=("constant", "linear"), help="(default: the run's)")
+    parser.add_argument("--temperature", type=float, help="divides the logits (default: the run's)")
+    parser.add_argument("--temperature-warmup-steps", type=int, help="first steps, twice as hot")
+    parser.add_argument("--choice-temperature", type=float, help="of the confidence sampler")
+    parser.add_argument("--top-k", type=int, help="only the k most likely codes (default: the run's)")
+    parser.add_argument("--seed", type=int, default=1, help="(default 1)")
+    parser.add_argument("--batch", type=_positive, default=32, help="images a forward pass (default 32)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default fp32)")
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, help="seconds to wait for another rank's next images"
+    )
+    _add_weights_argument(parser)
+    parser.set_defaults(run=_eval_images)
+
+
+def _eval_images(options: argparse.Namespace) -> None:
+    from pgm_scale.evaluation.images.command import eval_images
+    from pgm_scale.host_memory import keep_freed_memory
+    from pgm_scale.parallel.launch import find_launch
+
+    keep_freed_memory()
+    eval_images(options, find_launch())
+
+
 def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "sample",
-        help="generate text with a run's model",
-        description="Generate from the newest good checkpoint: freely, after a prompt, or around given text. "
-        "The same seed gives the same samples at any --batch.",
+        help="generate text or images with a run's model",
+        description="Generate from the newest good checkpoint: freely, after a prompt, or around given text or "
+        "given parts of an image. The same seed gives the same samples at any --batch.",
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run")
-    known = parser.add_mutually_exclusive_group()
-    known.add_argument("--prompt", action="append", help="text to go on from; give it again for more prompts")
-    known.add_argument(
-        "--infill",
-        metavar="TEMPLATE",
-        help="text in which {N} stands for N tokens to generate, for example 'Return the {4} of a list.'",
-    )
-    known.add_argument("--known", metavar="FILE.npy", help="int array [rows, length], -1 where to generate")
-    parser.add_argument("--count", type=_positive, default=1, help="samples, or samples a prompt (default 1)")
+    parser.add_argument("--count", type=_positive, default=1, help="samples a prompt or class (default 1)")
     parser.add_argument("--sampler", help="kind of sampler (default: the run's); 'list' prints the kinds")
     parser.add_argument("--steps", type=_positive, help="decoding steps (default: the run's)")
     parser.add_argument("--temperature", type=float, help="divides the logits")
@@ -181,24 +246,58 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--top-k", type=int, help="only the k most likely tokens")
     parser.add_argument("--seed", type=int, default=1, help="(default 1)")
     parser.add_argument("--batch", type=_positive, default=32, help="samples a forward pass (default 32)")
-    parser.add_argument("--format", choices=("text", "jsonl", "npy"), default="text", help="(default text)")
-    parser.add_argument("--out", metavar="FILE", help="write here instead of printing (needed for npy)")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="file to write instead of printing; of images FILE.png (a grid), a folder (a PNG each), or FILE.npy "
+        "(codes behind BOS)",
+    )
     _add_weights_argument(parser)
+    known = parser.add_argument_group("what is known (default: nothing)").add_mutually_exclusive_group()
+    known.add_argument("--prompt", action="append", help="text to go on from; give it again for more prompts")
+    known.add_argument(
+        "--infill",
+        metavar="TEMPLATE",
+        help="text in which {N} stands for N tokens to generate, for example 'Return the {4} of a list.'",
+    )
+    known.add_argument("--inpaint", metavar="IMAGE", help="image of which --box is to be generated")
+    known.add_argument("--known", metavar="FILE.npy", help="int array [rows, length], -1 where to generate")
+    text = parser.add_argument_group("text only")
+    text.add_argument("--format", choices=("text", "jsonl", "npy"), default="text", help="(default text)")
+    _add_image_options(parser.add_argument_group("images only"))
     parser.set_defaults(run=_sample)
+
+
+def _add_image_options(images: argparse._ArgumentGroup) -> None:
+    images.add_argument(
+        "--classes",
+        action="append",
+        help="numbers or names, as 207,360; 'none' for no class (default: every class in turn)",
+    )
+    images.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance")
+    images.add_argument(
+        "--guidance-schedule", choices=("linear", "constant"), help="linear: from 0 at the first step to W"
+    )
+    images.add_argument(
+        "--box",
+        metavar="X0,Y0,X1,Y1",
+        help="pixels of the --inpaint image, when cropped to the run's size, to generate; X1 and Y1 lie outside",
+    )
+    images.add_argument("--vq", metavar="PATH", help="VQ tokenizer (default: the run's own)")
+    images.add_argument("--columns", type=_positive, help="images in a row of the grid")
 
 
 def _sample(options: argparse.Namespace) -> None:
     from pgm_scale.host_memory import keep_freed_memory
 
     keep_freed_memory()
-    from pgm_scale.sampling.run import SampleRequest, print_kinds, sample_run
+    from pgm_scale.sampling.request import ImageOptions, SampleRequest, TextOptions
+    from pgm_scale.sampling.run import print_kinds, sample_run
 
     if options.sampler == "list":
         print_kinds()
         return
     request = SampleRequest(
-        prompts=options.prompt,
-        template=options.infill,
         known_path=options.known,
         count=options.count,
         kind=options.sampler,
@@ -208,9 +307,18 @@ def _sample(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         seed=options.seed,
         batch_sequences=options.batch,
-        output_format=options.format,
         output_path=options.out,
         weights=options.weights,
+        text=TextOptions(options.prompt, options.infill, options.format),
+        images=ImageOptions(
+            classes=options.classes,
+            guidance=options.guidance,
+            guidance_schedule=options.guidance_schedule,
+            vq_path=options.vq,
+            inpaint_path=options.inpaint,
+            box=options.box,
+            columns=options.columns,
+        ),
     )
     sample_run(options.run_folder, request)
 

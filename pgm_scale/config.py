@@ -37,6 +37,8 @@ class PartitionTransformerConfig:
         "learn+freqs"
     )
     group_swap_processor: Literal["linear", "mlp4"] = "linear"
+    num_classes: int = 0  # above 0 the condition is an embedding of the class, not of the time (FACTS 2.1)
+    registers: int = 0  # learned tokens without content, half of them in each group
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,40 @@ class AutoregressiveTransformerConfig:
     dropout: float = 0.1
 
 
-ModelConfig = PartitionTransformerConfig | DiffusionTransformerConfig | AutoregressiveTransformerConfig
+@dataclass(frozen=True)
+class MaskGITTransformerConfig:
+    """Halton-MaskGIT's bidirectional transformer over VQ codes of a class (FACTS 2.1)."""
+
+    kind: Literal["maskgit_transformer"] = "maskgit_transformer"
+    hidden_size: int = 1024
+    num_heads: int = 16
+    num_blocks: int = 24
+    dropout: float = 0.1
+    num_classes: int = 1000
+    registers: int = 1
+
+
+@dataclass(frozen=True)
+class VQModelConfig:
+    """LlamaGen's VQ autoencoder (FACTS 9): one factor of 2 less than `channel_multipliers` a side."""
+
+    kind: Literal["vq"] = "vq"
+    codebook_size: int = 16_384
+    code_size: int = 8
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    image_channels: int = 3
+
+
+TransformerConfig = (
+    PartitionTransformerConfig
+    | DiffusionTransformerConfig
+    | AutoregressiveTransformerConfig
+    | MaskGITTransformerConfig
+)
+ModelConfig = TransformerConfig | VQModelConfig
 
 
 def _pgm_size(encoder: int, decoder: int, hidden: int, head: int = 64) -> dict[str, Any]:
@@ -78,6 +113,10 @@ def _pgm_size(encoder: int, decoder: int, hidden: int, head: int = 64) -> dict[s
 
 def _stack_size(kind: str, blocks: int, hidden: int, heads: int) -> dict[str, Any]:
     return {"kind": kind, "hidden_size": hidden, "num_heads": heads, "num_blocks": blocks}
+
+
+def _image_pgm_size(encoder: int, decoder: int) -> dict[str, Any]:
+    return _pgm_size(encoder, decoder, 1024) | {"condition_size": 1024, "num_classes": 1000, "registers": 2}
 
 
 # `model.size` names one of these; keys given beside it win. Heads are 64 wide, but for SDTT's 24 x 1536.
@@ -96,6 +135,16 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
     "mdlm-24-1024": _stack_size("diffusion_transformer", 24, 1024, 16),
     "mdlm-24-1536": _stack_size("diffusion_transformer", 24, 1536, 24),
     "ar-12-768": _stack_size("autoregressive_transformer", 12, 768, 12),
+    "image-pgm-12-12": _image_pgm_size(12, 12),
+    "image-pgm-14-10": _image_pgm_size(14, 10),
+    "maskgit-tiny": _stack_size("maskgit_transformer", 6, 384, 6),
+    # The published 6 heads do not divide a width of 512; the parameters' shapes are the same with 8.
+    "maskgit-small": _stack_size("maskgit_transformer", 12, 512, 8),
+    "maskgit-base": _stack_size("maskgit_transformer", 12, 768, 12),
+    "maskgit-large": _stack_size("maskgit_transformer", 24, 1024, 16),
+    "maskgit-xlarge": _stack_size("maskgit_transformer", 28, 1152, 16),
+    "vq-8": {"kind": "vq", "channel_multipliers": (1, 2, 2, 4)},
+    "vq-16": {"kind": "vq", "channel_multipliers": (1, 1, 2, 2, 4)},
 }
 
 
@@ -143,12 +192,44 @@ class AutoregressiveObjectiveConfig:
     kind: Literal["autoregressive"] = "autoregressive"
 
 
+MaskSchedule = Literal["arccos", "root", "linear", "square", "cosine"]
+
+
+@dataclass(frozen=True)
+class ImagePGMObjectiveConfig:
+    """Unweighted cross-entropy of all codes, each predicted from the other group (FACTS 2.2)."""
+
+    kind: Literal["image_pgm"] = "image_pgm"
+    mask_schedule: MaskSchedule = "arccos"
+    label_drop: float = 0.1  # share of samples trained without their class, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class MaskGITObjectiveConfig:
+    """Unweighted cross-entropy of all codes, a part of which is masked (FACTS 2.2)."""
+
+    kind: Literal["maskgit"] = "maskgit"
+    mask_schedule: MaskSchedule = "arccos"
+    label_drop: float = 0.1
+
+
+@dataclass(frozen=True)
+class VQObjectiveConfig:
+    """Squared error of the reconstruction, and of features and their codes, which are pulled together."""
+
+    kind: Literal["vq"] = "vq"
+    commitment_weight: float = 0.25
+
+
 ObjectiveConfig = (
     PGMObjectiveConfig
     | MDLMObjectiveConfig
     | ComplementaryMDLMObjectiveConfig
     | D3PMObjectiveConfig
     | AutoregressiveObjectiveConfig
+    | ImagePGMObjectiveConfig
+    | MaskGITObjectiveConfig
+    | VQObjectiveConfig
 )
 
 _MODEL_OF_OBJECTIVE = {
@@ -157,6 +238,9 @@ _MODEL_OF_OBJECTIVE = {
     "complementary_mdlm": "diffusion_transformer",
     "d3pm": "diffusion_transformer",
     "autoregressive": "autoregressive_transformer",
+    "image_pgm": "partition_transformer",
+    "maskgit": "maskgit_transformer",
+    "vq": "vq",
 }
 
 
@@ -183,6 +267,7 @@ class OptimizerConfig:
     gradient_clip_norm: float = 1.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 2500
+    decay_share: float = 1.0  # the last share of the steps, over which `cosine` and `linear` fall
     final_ratio: float = 0.0
 
 
@@ -231,11 +316,19 @@ class SamplerConfig:
         "ancestral_cached",
         "analytic",
         "autoregressive",
+        "halton",
+        "confidence",
     ] = "pgm_uniform"
     steps: int = 128
     temperature: float = 1.0
+    temperature_warmup_steps: int = 0  # the first steps, in which the temperature is twice as high
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
+    guidance: float = 0.0  # classifier-free, w: logits are (1 + w) those of the class - w those of none
+    guidance_schedule: Literal["constant", "linear"] = "linear"  # linear: from 0 at the first step to w
+    choice_temperature: float = 5.0  # of the noise by which `confidence` chooses the positions to decode
+    # Deviations of the published image samplers, only to reproduce their numbers (FACTS 8.14 to 8.16).
+    quirks: tuple[Literal["register_offset", "dropout", "resampled_tokens"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -351,7 +444,7 @@ def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         members = [a for a in arguments if a is not type(None)]
-        if all(dataclasses.is_dataclass(member) for member in members):
+        if len(members) > 1 and all(dataclasses.is_dataclass(member) for member in members):
             return _parse_kind(members, value, problems, where)
         return _parse_value(members[0], value, problems, where)
     if dataclasses.is_dataclass(hint):
@@ -448,14 +541,25 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.num_blocks": _FROM_ZERO,
     "model.condition_size": _AT_LEAST_ONE,
     "model.dropout": (0.0, 0.999),
+    "model.num_classes": _FROM_ZERO,
+    "model.registers": _FROM_ZERO,
+    "model.codebook_size": _AT_LEAST_ONE,
+    "model.code_size": _AT_LEAST_ONE,
+    "model.channels": _AT_LEAST_ONE,
+    "model.num_res_blocks": _AT_LEAST_ONE,
+    "model.z_channels": _AT_LEAST_ONE,
+    "model.image_channels": _AT_LEAST_ONE,
     "objective.minimum_time": (0.0, 0.5),
     "objective.diffusion_steps": _FROM_ZERO,
     "objective.cross_entropy_weight": _FROM_ZERO,
+    "objective.label_drop": (0.0, 1.0),
+    "objective.commitment_weight": _FROM_ZERO,
     "optimizer.learning_rate": (_TINY, 1e6),
     "optimizer.epsilon": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, 1e6),
     "optimizer.gradient_clip_norm": (_TINY, 1e30),
     "optimizer.warmup_steps": _FROM_ZERO,
+    "optimizer.decay_share": (_TINY, 1.0),
     "optimizer.final_ratio": _UP_TO_ONE,
     "training.steps": _AT_LEAST_ONE,
     "training.global_batch_sequences": _AT_LEAST_ONE,
@@ -473,6 +577,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sampler.temperature": (_TINY, 1e6),
     "sampler.top_p": (_TINY, 1.0),
     "sampler.top_k": _FROM_ZERO,
+    "sampler.temperature_warmup_steps": _FROM_ZERO,
+    "sampler.guidance": _FROM_ZERO,
+    "sampler.choice_temperature": _FROM_ZERO,
     "validation.interval_steps": _AT_LEAST_ONE,
     "validation.sequences": _AT_LEAST_ONE,
     "validation.samples": _FROM_ZERO,
@@ -498,11 +605,14 @@ def inconsistencies(config: RunConfig) -> list[str]:
     needed = _MODEL_OF_OBJECTIVE[config.objective.kind]
     if model.kind != needed:
         problems.append(f"objective.kind {config.objective.kind} needs model.kind {needed}, not {model.kind}")
-    if model.num_heads > 0 and model.hidden_size % (2 * model.num_heads):
+    if isinstance(model, VQModelConfig):
+        problems += _vq_inconsistencies(model)
+    elif model.num_heads > 0 and model.hidden_size % (2 * model.num_heads):
         problems.append(
             f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads} "
             "into heads of even size; change one of them"
         )
+    problems += _image_inconsistencies(config)
     if (
         training.micro_batch_sequences > 0
         and training.global_batch_sequences % training.micro_batch_sequences
@@ -511,6 +621,38 @@ def inconsistencies(config: RunConfig) -> list[str]:
             f"training.global_batch_sequences {training.global_batch_sequences} is not divisible by "
             f"micro_batch_sequences {training.micro_batch_sequences}; change one of them"
         )
+    return problems
+
+
+def _vq_inconsistencies(model: VQModelConfig) -> list[str]:
+    problems = []
+    if not model.channel_multipliers or min(model.channel_multipliers) < 1:
+        problems.append(
+            f"model.channel_multipliers: {model.channel_multipliers} must be whole numbers of at least 1"
+        )
+    if model.channels % 32:
+        problems.append(f"model.channels: {model.channels} must be divisible by 32, the groups of its norms")
+    return problems
+
+
+def _image_inconsistencies(config: RunConfig) -> list[str]:
+    """What a model of images needs of itself, and of its objective."""
+    model, problems = config.model, []
+    if isinstance(model, PartitionTransformerConfig):
+        if (config.objective.kind == "image_pgm") != (model.num_classes > 0):
+            problems.append(
+                f"objective.kind {config.objective.kind} and model.num_classes {model.num_classes} do not go "
+                "together: image_pgm needs a class-conditional model, the others need num_classes 0"
+            )
+        if model.registers % 2 or (model.registers and not model.num_classes):
+            problems.append(
+                f"model.registers: {model.registers} must be even, and 0 without model.num_classes"
+            )
+    sampler = config.sampler
+    if not getattr(model, "num_classes", 0) and (sampler.guidance or sampler.quirks):
+        problems.append("sampler.guidance and sampler.quirks are for models of classes; leave them out")
+    if isinstance(model, MaskGITTransformerConfig) and model.num_classes < 1:
+        problems.append(f"model.num_classes: {model.num_classes} must be at least 1")
     return problems
 
 

@@ -27,6 +27,7 @@ from pgm_scale.parallel.layout import layout_problems, length_problems
 from pgm_scale.parallel.mesh import connected
 from pgm_scale.parallel.optimizer import build_adamw
 from pgm_scale.run_folder import RunFolder
+from pgm_scale.training.content import content_problems
 
 _PACKAGES = (
     "torch",
@@ -40,6 +41,7 @@ _PACKAGES = (
     "wandb",
     "submitit",
     "numpy",
+    "pillow",
 )
 
 
@@ -121,6 +123,7 @@ def _check_config(config: RunConfig) -> list[str]:
     splits = open_splits(data.train, data.validation, data.cache_folder, problems)
     if splits:
         problems += length_problems(config, splits[0].manifest.length_tokens)
+        problems += content_problems(config, splits[0].manifest)
     for split in splits:
         problems += _shard_problems(split)
     problems += _folder_problems(config, splits)

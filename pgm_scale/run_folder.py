@@ -3,6 +3,7 @@
     <run>/config.yaml         the resolved configuration
     <run>/run.json            identity: run id, vocabulary, length, fingerprints of tokenizer and training data
     <run>/tokenizer.json      the data set's tokenizer
+    <run>/vq.safetensors      of image codes: the weights of the VQ tokenizer that tokenizer.json describes
     <run>/metrics.jsonl       one JSON object a logged step
     <run>/unit_costs.json     seconds of each kind of unit, by which a pipeline is split into stages
     <run>/samples/            text generated at validations
@@ -31,7 +32,13 @@ from torch import nn
 from pgm_scale import config as configuration
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
-from pgm_scale.data.manifest import DatasetManifest, Vocabulary
+from pgm_scale.data.manifest import (
+    VQ_WEIGHTS_NAME,
+    DatasetManifest,
+    ImageContent,
+    Vocabulary,
+    image_differences,
+)
 from pgm_scale.data.storage import is_remote
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
@@ -57,6 +64,7 @@ class RunIdentity:
     length_tokens: int
     tokenizer_sha256: str
     train_shards_sha256: str
+    images: ImageContent | None = None  # what the rows are; None for text
 
     @classmethod
     def new(cls, train: DatasetManifest) -> RunIdentity:
@@ -67,6 +75,7 @@ class RunIdentity:
             train.length_tokens,
             train.tokenizer_sha256,
             hashlib.sha256(shards.encode()).hexdigest(),
+            train.images,
         )
 
 
@@ -93,6 +102,8 @@ class RunFolder:
         if stored is None:
             self.path.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(tokenizer_path, self.tokenizer_path)
+            if train.images is not None and train.images.tokens == "codes":
+                shutil.copyfile(tokenizer_path.with_name(VQ_WEIGHTS_NAME), self.path / VQ_WEIGHTS_NAME)
         atomic_write_bytes(self.config_path, configuration.to_yaml(_with_absolute_paths(config)).encode())
         if stored is not None:
             return stored
@@ -187,11 +198,12 @@ def _identity_differences(stored: RunIdentity, given: RunIdentity) -> list[str]:
         "tokenizer_sha256": "tokenizer",
         "train_shards_sha256": "training shards",
     }
-    return [
+    lines = [
         f"data.train: the {label} differs: the run has {getattr(stored, key)}, now it is {getattr(given, key)}"
         for key, label in names.items()
         if getattr(stored, key) != getattr(given, key)
     ]
+    return lines + [f"data.train: {line}" for line in image_differences(stored.images, given.images)]
 
 
 def check_fits_run(manifest: DatasetManifest, identity: RunIdentity, where: str) -> None:
@@ -205,6 +217,7 @@ def check_fits_run(manifest: DatasetManifest, identity: RunIdentity, where: str)
         )
         if mine != theirs
     ]
+    lines += image_differences(identity.images, manifest.images)
     if lines:
         raise UserError(f"{where} does not fit the run:\n  " + "\n  ".join(lines))
 

@@ -21,8 +21,8 @@ from ops.bench.modules import in_new_process, module_rows
 from ops.bench.report import Report
 from pgm_scale.files import atomic_write_bytes, finite
 
-MODULES = ("training", "optimizer", "sampling", "data", "checkpoint", "startup")  # each NAME_rows.py
-CUDA_MODULES = ("training", "optimizer", "sampling")  # the others do not depend on the device
+MODULES = ("training", "optimizer", "sampling", "image", "data", "checkpoint", "startup")  # each NAME_rows.py
+CUDA_MODULES = ("training", "optimizer", "sampling", "image")  # the others do not depend on the device
 # How many of a module's first rows are timed again with malloc as it comes, which is how the published code runs:
 # what it does with new memory decides most there.
 DEFAULT_ALLOCATOR_ROWS = {"training": 2, "optimizer": 1, "sampling": 1}

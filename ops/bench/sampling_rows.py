@@ -20,9 +20,9 @@ from ops.bench.models import LENGTH, MDLM, PGM, VOCABULARY, with_random_weights
 from pgm_scale.config import (
     MODEL_SIZES,
     AutoregressiveTransformerConfig,
-    ModelConfig,
     PartitionTransformerConfig,
     SamplerConfig,
+    TransformerConfig,
 )
 from pgm_scale.models import build_model
 from pgm_scale.models.blocks import MLP_RATIO
@@ -178,7 +178,7 @@ def pgm_flops(
     return flops
 
 
-def _reading_flops(config: ModelConfig, queries: int, tokens: int) -> float:
+def _reading_flops(config: TransformerConfig, queries: int, tokens: int) -> float:
     """Keys, values and attention of `queries` over `tokens`, in the cheaper order of `engine.values`."""
     hidden, heads = config.hidden_size, config.num_heads
     keys_and_scores = 2 * hidden**2 * tokens + 2 * hidden * tokens * queries

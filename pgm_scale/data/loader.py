@@ -10,7 +10,7 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 
-from pgm_scale.data.batch import TokenBatch
+from pgm_scale.data.batch import ShardRows, TokenBatch
 from pgm_scale.data.order import BatchPlan, GlobalOrder
 from pgm_scale.data.readers import read_shard
 from pgm_scale.data.storage import SplitStorage
@@ -30,7 +30,7 @@ class TokenLoader:
         self.storage = storage
         self.manifest = storage.manifest
         self.order = order
-        self._open: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[int, ShardRows] = OrderedDict()
 
     def read(self, sample_numbers_B: np.ndarray) -> TokenBatch:
         """The rows of these global sample numbers, in their order.
@@ -42,15 +42,18 @@ class TokenLoader:
         length_tokens = self.manifest.length_tokens
         tokens_BL = np.empty((len(shards_B), length_tokens), np.int64)
         valid_lengths_B = np.empty(len(shards_B), np.int64)
+        labels_B = np.empty(len(shards_B), np.int64) if self.manifest.images is not None else None
         for shard_index in dict.fromkeys(shards_B.tolist()):  # at a seam of blocks: the old block's first
             inside_B = shards_B == shard_index
-            tokens_RL, valid_lengths_R = self._shard(shard_index)
+            tokens_RL, valid_lengths_R, labels_R = self._shard(shard_index)
             tokens_BL[inside_B] = tokens_RL[rows_B[inside_B]]
             valid_lengths_B[inside_B] = valid_lengths_R[rows_B[inside_B]]
+            if labels_B is not None and labels_R is not None:
+                labels_B[inside_B] = labels_R[rows_B[inside_B]]
         valid_BL = np.arange(length_tokens) < valid_lengths_B[:, None]
-        return TokenBatch(tokens_BL, valid_BL, np.asarray(sample_numbers_B, np.int64))
+        return TokenBatch(tokens_BL, valid_BL, np.asarray(sample_numbers_B, np.int64), labels_B)
 
-    def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shard(self, index: int) -> ShardRows:
         if index not in self._open:
             while len(self._open) >= self.order.open_shards:
                 self._open.popitem(last=False)

@@ -20,9 +20,10 @@ from pgm_scale.files import atomic_write_bytes
 
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.json"
+VQ_WEIGHTS_NAME = "vq.safetensors"  # beside the tokenizer.json of image codes, which holds its SHA-256
 FORMAT_VERSION = 1
 
-TokenDtype = Literal["uint16", "uint32"]
+TokenDtype = Literal["uint8", "uint16", "uint32"]
 ShardFormat = Literal["mds", "tar"]
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -30,7 +31,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def token_dtype_for(vocabulary_size: int) -> TokenDtype:
-    """The smallest stored type that holds every id below `vocabulary_size`."""
+    """The type of stored ids below `vocabulary_size`; the values of pixels are uint8."""
     return "uint16" if vocabulary_size <= np.iinfo(np.uint16).max + 1 else "uint32"
 
 
@@ -56,11 +57,31 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class ImageContent:
+    """What the rows of an image data set are; every row has a label, a number below `len(class_names)`.
+
+    Attributes:
+        tokens: `codes` are BOS and the VQ codes of a grid, row by row; `pixels` are the values 0 to 255 of an image
+            in the order (row, column, channel), without BOS.
+        side_pixels: of the square images.
+        channels: of the images.
+        grid_side: codes in a row of the grid; of `pixels`, `side_pixels`.
+    """
+
+    tokens: Literal["codes", "pixels"]
+    side_pixels: int
+    channels: int
+    grid_side: int
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DatasetManifest:
     """The contents of `dataset.json`.
 
-    `tokenizer_sha256` is the SHA-256 of the folder's `tokenizer.json`. `tokens` counts the valid (not padded)
-    tokens of all rows. `source` says where the text came from, in plain JSON values.
+    `tokenizer_sha256` is the SHA-256 of the folder's `tokenizer.json`, which of images describes the VQ tokenizer.
+    `tokens` counts the valid (not padded) tokens of all rows. `source` says where the text or the images came
+    from, in plain JSON values. `images` is None for text.
     """
 
     format: ShardFormat
@@ -75,14 +96,17 @@ class DatasetManifest:
     rows: int
     tokens: int
     shards: tuple[Shard, ...]
+    images: ImageContent | None = None
 
     @property
     def rows_per_shard(self) -> tuple[int, ...]:
         return tuple(shard.rows for shard in self.shards)
 
     def to_json(self) -> str:
-        """Deterministic text: sorted keys, two spaces, one final newline."""
+        """Deterministic text: sorted keys, two spaces, one final newline; `images` only where there are some."""
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if self.images is None:
+            del content["images"]
         return json.dumps(content, sort_keys=True, indent=2) + "\n"
 
     def save(self, split_folder: str | Path) -> Path:
@@ -140,6 +164,7 @@ class DatasetManifest:
                 | {
                     "vocabulary": Vocabulary(**content["vocabulary"]),
                     "shards": tuple(Shard(**shard) for shard in content["shards"]),
+                    "images": _image_content(content.get("images")),
                 }
             )
             problems = _problems(manifest)
@@ -163,6 +188,7 @@ class DatasetManifest:
             names += ["format", "token_dtype", "packing", "documents", "rows", "tokens"]
         mine, theirs = ({name: _value_of(m, name) for name in names} for m in (self, other))
         lines = [f"{name}: {mine[name]} != {theirs[name]}" for name in names if mine[name] != theirs[name]]
+        lines += image_differences(self.images, other.images)
         return lines + (_shard_differences(self.shards, other.shards) if same_data else [])
 
 
@@ -171,6 +197,26 @@ def _value_of(manifest: DatasetManifest, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def image_differences(mine: ImageContent | None, theirs: ImageContent | None) -> list[str]:
+    """One short line for each field that differs; of a thousand class names, the first that does."""
+    if mine is None or theirs is None:
+        named = ["text" if images is None else "images" for images in (mine, theirs)]
+        return [] if mine is theirs else [f"content: {named[0]} != {named[1]}"]
+    names = [f.name for f in dataclasses.fields(ImageContent) if f.name != "class_names"]
+    lines = [
+        f"images.{name}: {getattr(mine, name)} != {getattr(theirs, name)}"
+        for name in names
+        if getattr(mine, name) != getattr(theirs, name)
+    ]
+    if len(mine.class_names) != len(theirs.class_names):
+        lines.append(f"images.class_names: {len(mine.class_names)} != {len(theirs.class_names)} classes")
+    elif mine.class_names != theirs.class_names:
+        pairs = enumerate(zip(mine.class_names, theirs.class_names, strict=True))
+        number, (one, other) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+        lines.append(f"images.class_names: class {number} is {one!r} != {other!r}")
+    return lines
 
 
 def _shard_differences(mine: tuple[Shard, ...], theirs: tuple[Shard, ...]) -> list[str]:
@@ -191,7 +237,9 @@ def _problems(manifest: DatasetManifest) -> list[str]:
     vocabulary = manifest.vocabulary
     if manifest.format not in ("mds", "tar"):
         problems.append(f"format {manifest.format!r} is neither mds nor tar")
-    if manifest.token_dtype != token_dtype_for(vocabulary.size):
+    problems += _image_problems(manifest)
+    holds_pixels = manifest.images is not None and manifest.images.tokens == "pixels"
+    if manifest.token_dtype != ("uint8" if holds_pixels else token_dtype_for(vocabulary.size)):
         problems.append(f"token_dtype {manifest.token_dtype!r} does not fit {vocabulary.size} tokens")
     for name in ("mask_id", "bos_id", "eos_id", "pad_id"):
         token = getattr(vocabulary, name)
@@ -209,10 +257,41 @@ def _problems(manifest: DatasetManifest) -> list[str]:
     return problems
 
 
+def _image_content(tree: dict[str, Any] | None) -> ImageContent | None:
+    return None if tree is None else ImageContent(**tree | {"class_names": tuple(tree["class_names"])})
+
+
+def _image_problems(manifest: DatasetManifest) -> list[str]:
+    images = manifest.images
+    if images is None:
+        return []
+    problems = []
+    row_tokens = {"codes": 1 + images.grid_side**2, "pixels": images.side_pixels**2 * images.channels}
+    if images.tokens not in row_tokens:
+        problems.append(f"images.tokens {images.tokens!r} is neither codes nor pixels")
+    elif manifest.length_tokens != row_tokens[images.tokens]:
+        problems.append(
+            f"length_tokens {manifest.length_tokens}, but the {images.tokens} of an image are "
+            f"{row_tokens[images.tokens]} tokens"
+        )
+    if images.tokens == "pixels" and images.grid_side != images.side_pixels:
+        problems.append(
+            f"images.grid_side {images.grid_side} of pixels is not side_pixels {images.side_pixels}"
+        )
+    if not images.class_names or not all(isinstance(name, str) for name in images.class_names):
+        problems.append("images.class_names are not names")
+    elif len(set(images.class_names)) < len(images.class_names):
+        problems.append("two images.class_names are equal")
+    return problems
+
+
 def _number_problems(manifest: DatasetManifest) -> list[str]:
     """Counts that are not integers of at least 1; ids are compared with the size by the caller."""
     counts = {"vocabulary.size": manifest.vocabulary.size, "length_tokens": manifest.length_tokens}
     counts |= {"rows": manifest.rows, "tokens": manifest.tokens, "documents": manifest.documents}
+    if manifest.images is not None:
+        names = ("side_pixels", "channels", "grid_side")
+        counts |= {f"images.{name}": getattr(manifest.images, name) for name in names}
     for shard in manifest.shards:
         counts |= {f"{shard.name}.rows": shard.rows, f"{shard.name}.bytes": shard.bytes}
     return [

@@ -1,7 +1,8 @@
 """MDS shards (mosaicml-streaming's format), read and written directly: all rows at once, no import of the library.
 
-Columns: `tokens` (`ndarray:<dtype>:<length>`) and `valid_length` (`uint32`), both of fixed size, so a shard is
-its header and one array of records. The library takes 30 us a row to read, and 3 to 7 s to be imported;
+Columns: `tokens` (`ndarray:<dtype>:<length>`), `valid_length` (`uint32`) and, of images, `label` (`uint32`), all of
+fixed size, so a shard is its header and one array of records. The library takes 30 us a row to read, and 3 to 7 s
+to be imported;
 `tests/data/libraries.py` has its reader and writer, which this one equals, to the byte where it writes. The
 column types come from our manifest, never from the file, so that nothing in a file is unpickled.
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pgm_scale.data.batch import ShardRows
 from pgm_scale.data.manifest import DatasetManifest, Shard
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes, commit, temporary_name
@@ -24,23 +26,23 @@ from pgm_scale.files import atomic_write_bytes, commit, temporary_name
 INDEX_NAME = "index.json"
 
 
-def write_mds(path: Path, tokens_RL: np.ndarray, valid_lengths_R: np.ndarray) -> None:
-    """Write uint16/uint32 tokens [rows, length] and uint32 valid lengths [rows] to `path`.
+def write_mds(path: Path, rows: ShardRows) -> None:
+    """Write the rows to `path`.
 
     Raises:
         UserError: the shard would not fit the format's 32-bit offsets.
     """
-    count, length_tokens = tokens_RL.shape
-    row_dtype = _row_dtype(tokens_RL.dtype.name, length_tokens)
-    columns = json.dumps(
-        _columns(tokens_RL.dtype.name, length_tokens) | {"hashes": []}, sort_keys=True
-    ).encode()
+    count = len(rows.tokens_RL)
+    row_dtype = _row_dtype(rows.tokens_RL.dtype.name, rows.tokens_RL.shape[1], rows.labels_R is not None)
+    columns = json.dumps(_columns(row_dtype) | {"hashes": []}, sort_keys=True).encode()
     start_bytes = 4 + 4 * (count + 1) + len(columns)
     if start_bytes + row_dtype.itemsize * count >= 1 << 32:
         raise UserError(f"{path}: {count} rows exceed the 4 GiB of an MDS shard; lower --rows-per-shard")
     rows_R = np.empty(count, row_dtype)
-    rows_R["tokens"] = tokens_RL
-    rows_R["valid_length"] = valid_lengths_R
+    rows_R["tokens"] = rows.tokens_RL
+    rows_R["valid_length"] = rows.valid_lengths_R
+    if rows.labels_R is not None:
+        rows_R["label"] = rows.labels_R
     starts = start_bytes + row_dtype.itemsize * np.arange(count + 1)
     temporary = temporary_name(path)
     with open(temporary, "wb") as file:
@@ -55,16 +57,17 @@ def write_mds_index(folder: str | Path, manifest: DatasetManifest) -> None:
     atomic_write_bytes(Path(folder) / INDEX_NAME, json.dumps(index, sort_keys=True).encode())
 
 
-def read_mds(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a shard to tokens [rows, length] and valid lengths [rows], views of one array of records.
+def read_mds(path: Path, shard: Shard, manifest: DatasetManifest) -> ShardRows:
+    """Decode a shard to rows, views of one array of records.
 
     Raises:
         ValueError: the file does not hold the rows that the manifest promises.
     """
-    row_dtype = _row_dtype(manifest.token_dtype, manifest.length_tokens)
+    row_dtype = _manifest_row_dtype(manifest)
     start_bytes = _check_header(path, shard.rows, row_dtype.itemsize)
     rows_R = np.fromfile(path, row_dtype, count=shard.rows, offset=start_bytes)
-    return rows_R["tokens"], rows_R["valid_length"]
+    labels_R = rows_R["label"] if manifest.images is not None else None
+    return ShardRows(rows_R["tokens"], rows_R["valid_length"], labels_R)
 
 
 def _check_header(path: Path, rows: int, row_bytes: int) -> int:
@@ -78,28 +81,36 @@ def _check_header(path: Path, rows: int, row_bytes: int) -> int:
     return int(expected[0])
 
 
-def _row_dtype(token_dtype: str, length_tokens: int) -> np.dtype:
-    """A row as it is stored: its columns by name, without padding."""
-    stored = np.dtype(token_dtype).newbyteorder("<")
-    return np.dtype([("tokens", stored, (length_tokens,)), ("valid_length", "<u4")])
+def _manifest_row_dtype(manifest: DatasetManifest) -> np.dtype:
+    return _row_dtype(manifest.token_dtype, manifest.length_tokens, manifest.images is not None)
 
 
-def _columns(token_dtype: str, length_tokens: int) -> dict[str, Any]:
+def _row_dtype(token_dtype: str, length_tokens: int, labelled: bool) -> np.dtype:
+    """A row as it is stored: its columns in the order of their names, without padding."""
+    tokens = ("tokens", np.dtype(token_dtype).newbyteorder("<"), (length_tokens,))
+    return np.dtype([*([("label", "<u4")] if labelled else []), tokens, ("valid_length", "<u4")])
+
+
+def _columns(row_dtype: np.dtype) -> dict[str, Any]:
     """What a shard's header and its entry of the index say alike, format version 2."""
+    columns = [row_dtype[name] for name in row_dtype.names or ()]
     return {
         "version": 2,
         "format": "mds",
         "compression": None,
         "size_limit": None,
-        "column_names": ["tokens", "valid_length"],
-        "column_encodings": [f"ndarray:{token_dtype}:{length_tokens}", "uint32"],
-        "column_sizes": [length_tokens * np.dtype(token_dtype).itemsize, 4],
+        "column_names": list(row_dtype.names or ()),
+        "column_encodings": [
+            f"ndarray:{column.base.name}:{column.shape[0]}" if column.shape else column.name
+            for column in columns
+        ],
+        "column_sizes": [column.itemsize for column in columns],
     }
 
 
 def _index_entry(manifest: DatasetManifest, shard: Shard) -> dict[str, Any]:
     """The shard's entry of an MDS index."""
-    return _columns(manifest.token_dtype, manifest.length_tokens) | {
+    return _columns(_manifest_row_dtype(manifest)) | {
         "hashes": ["sha256"],
         "raw_data": {"basename": shard.name, "bytes": shard.bytes, "hashes": {"sha256": shard.sha256}},
         "zip_data": None,

@@ -5,39 +5,36 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
-import numpy as np
-
+from pgm_scale.data.batch import ShardRows
 from pgm_scale.data.manifest import DatasetManifest, Shard
 from pgm_scale.data.mds import read_mds
 from pgm_scale.data.tar import read_tar
 from pgm_scale.errors import UserError
 
 
-def read_shard(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.ndarray, np.ndarray]:
+def read_shard(path: Path, shard: Shard, manifest: DatasetManifest) -> ShardRows:
     """Decode a whole shard.
 
     Returns:
-        tokens_RL: [rows, length] of the manifest's `token_dtype`.
-        valid_lengths_R: integers [rows], 1 to length.
+        Tokens of the manifest's `token_dtype`; labels if the manifest is of images.
 
     Raises:
         UserError: the file is not the shard that the manifest describes; names it and says why.
     """
     read = read_mds if manifest.format == "mds" else read_tar
     try:
-        tokens_RL, valid_lengths_R = read(path, shard, manifest)
-        _check(tokens_RL, valid_lengths_R, shard, manifest)
+        rows = read(path, shard, manifest)
+        _check(rows, shard, manifest)
     except (ValueError, LookupError, OSError, tarfile.TarError) as error:
         raise UserError(
             f"{path}: not the {manifest.format} shard that dataset.json describes: {error}; "
             "prepare the dataset again"
         ) from error
-    return tokens_RL, valid_lengths_R
+    return rows
 
 
-def _check(
-    tokens_RL: np.ndarray, valid_lengths_R: np.ndarray, shard: Shard, manifest: DatasetManifest
-) -> None:
+def _check(rows: ShardRows, shard: Shard, manifest: DatasetManifest) -> None:
+    tokens_RL, valid_lengths_R, labels_R = rows
     expected = (shard.rows, manifest.length_tokens)
     if tokens_RL.shape != expected or tokens_RL.dtype != manifest.token_dtype:
         raise ValueError(
@@ -50,3 +47,9 @@ def _check(
         raise ValueError(f"it has a valid length outside 1..{manifest.length_tokens}")
     if tokens_RL.max() >= manifest.vocabulary.size:
         raise ValueError(f"it has token {tokens_RL.max()}, the vocabulary ends at {manifest.vocabulary.size}")
+    if labels_R is None or manifest.images is None:
+        return
+    if labels_R.shape != (shard.rows,) or labels_R.dtype.kind != "u":
+        raise ValueError(f"its labels are {labels_R.dtype}{list(labels_R.shape)}")
+    if labels_R.max() >= len(manifest.images.class_names):
+        raise ValueError(f"it has label {labels_R.max()} of {len(manifest.images.class_names)} classes")

@@ -11,13 +11,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from pgm_scale.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, DatasetManifest, Shard
+from pgm_scale.data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    VQ_WEIGHTS_NAME,
+    DatasetManifest,
+    Shard,
+)
 from pgm_scale.errors import UserError
 from pgm_scale.files import commit, sha256_file, temporary_name
 
@@ -74,8 +81,15 @@ class SplitStorage:
         return self._verified(shard.name, shard.sha256, shard.bytes)
 
     def tokenizer_path(self) -> Path:
-        """A local `tokenizer.json` with the manifest's fingerprint."""
-        return self._verified(TOKENIZER_NAME, self.manifest.tokenizer_sha256, None)
+        """A local `tokenizer.json` with the manifest's fingerprint; of image codes, the VQ's weights are beside it.
+
+        Raises:
+            UserError: a file is missing or corrupt.
+        """
+        path = self._verified(TOKENIZER_NAME, self.manifest.tokenizer_sha256, None)
+        if self.manifest.images is not None and self.manifest.images.tokens == "codes":
+            self._verified(VQ_WEIGHTS_NAME, _weights_sha256(path), None)
+        return path
 
     def _verified(self, name: str, sha256: str, size_bytes: int | None) -> Path:
         path = self._folder / name
@@ -146,6 +160,15 @@ def open_splits(
         differences = splits[0].manifest.differences(splits[1].manifest)
         problems += [f"data.train and data.validation differ in {line}" for line in differences]
     return splits
+
+
+def _weights_sha256(tokenizer_path: Path) -> str:
+    try:
+        return str(json.loads(tokenizer_path.read_bytes())["weights_sha256"])
+    except (ValueError, LookupError, TypeError):
+        raise UserError(
+            f"{tokenizer_path}: names no weights of a VQ tokenizer, which image codes need; prepare the data again"
+        ) from None
 
 
 def _fault(path: Path, sha256: str, size_bytes: int | None) -> str | None:

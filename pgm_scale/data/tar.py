@@ -1,7 +1,8 @@
 """WebDataset tar shards, written by tarfile and decoded by webdataset.
 
-A sample is a chunk of at most 256 rows: `<chunk>.tokens.npy` [rows, length] and `<chunk>.valid_lengths.npy`
-[rows]. One row a sample would cost about 2 kB of tar and npy headers a row, and 0.2 ms to read it.
+A sample is a chunk of at most 256 rows: `<chunk>.tokens.npy` [rows, length], `<chunk>.valid_lengths.npy` [rows]
+and, of images, `<chunk>.labels.npy` [rows]. One row a sample would cost about 2 kB of tar and npy headers a row,
+and 0.2 ms to read it.
 `WebDataset(url).decode().to_tuple("tokens.npy", "valid_lengths.npy").unbatched()` yields the rows one by one.
 """
 
@@ -13,22 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
+from pgm_scale.data.batch import ShardRows
 from pgm_scale.data.manifest import DatasetManifest, Shard
 from pgm_scale.files import commit, temporary_name
 
 CHUNK_ROWS = 256
-_TOKENS = "tokens.npy"
-_VALID_LENGTHS = "valid_lengths.npy"
+_MEMBERS = ("tokens.npy", "valid_lengths.npy", "labels.npy")  # of a chunk, as the fields of `ShardRows`
 
 
-def write_tar(path: Path, tokens_RL: np.ndarray, valid_lengths_R: np.ndarray) -> None:
-    """Write uint16/uint32 tokens [rows, length] and uint32 valid lengths [rows] to `path`."""
+def write_tar(path: Path, rows: ShardRows) -> None:
+    """Write the rows to `path`."""
     temporary = temporary_name(path)
     with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for chunk, start in enumerate(range(0, len(tokens_RL), CHUNK_ROWS)):
-            rows = slice(start, start + CHUNK_ROWS)
-            _add_array(archive, f"{chunk:06d}.{_TOKENS}", tokens_RL[rows])
-            _add_array(archive, f"{chunk:06d}.{_VALID_LENGTHS}", valid_lengths_R[rows])
+        for chunk, start in enumerate(range(0, len(rows.tokens_RL), CHUNK_ROWS)):
+            for member, array in zip(_MEMBERS, rows, strict=True):
+                if array is not None:
+                    _add_array(archive, f"{chunk:06d}.{member}", array[start : start + CHUNK_ROWS])
     commit(temporary, path)
 
 
@@ -41,10 +42,10 @@ def _add_array(archive: tarfile.TarFile, name: str, array: np.ndarray) -> None:
     archive.addfile(member, content)
 
 
-def read_tar(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a shard to tokens [rows, length] and valid lengths [rows].
+def read_tar(path: Path, shard: Shard, manifest: DatasetManifest) -> ShardRows:
+    """Decode a shard to rows.
 
-    Only the two members of each chunk, in order, are accepted, so a link, a device, a path that leaves the
+    Only the members of each chunk, in order, are accepted, so a link, a device, a path that leaves the
     folder or a second copy of a name is refused; nothing is ever extracted to disk.
 
     Raises:
@@ -55,20 +56,16 @@ def read_tar(path: Path, shard: Shard, manifest: DatasetManifest) -> tuple[np.nd
     )  # refuses pickled arrays, unlike webdataset's decode() of .pyd
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    chunks = -(-shard.rows // CHUNK_ROWS)
-    _check_members(path, chunks)
+    members = _MEMBERS if manifest.images is not None else _MEMBERS[:2]
+    _check_members(path, [f"{n:06d}.{m}" for n in range(-(-shard.rows // CHUNK_ROWS)) for m in members])
     with open(path, "rb") as stream:
         files = tar_file_expander([{"url": str(path), "stream": stream}])
-        samples = [
-            (npy_loads(sample[_TOKENS]), npy_loads(sample[_VALID_LENGTHS])) for sample in group_by_keys(files)
-        ]
-    tokens_RL, valid_lengths_R = (np.concatenate(arrays) for arrays in zip(*samples, strict=True))
-    return tokens_RL, valid_lengths_R
+        chunks = [[npy_loads(sample[member]) for member in members] for sample in group_by_keys(files)]
+    return ShardRows(*(np.concatenate(arrays) for arrays in zip(*chunks, strict=True)))
 
 
-def _check_members(path: Path, chunks: int) -> None:
-    """The archive's members must be exactly the ones that `write_tar` writes for so many chunks."""
-    expected = [f"{chunk:06d}.{suffix}" for chunk in range(chunks) for suffix in (_TOKENS, _VALID_LENGTHS)]
+def _check_members(path: Path, expected: list[str]) -> None:
+    """The archive's members must be exactly the expected ones, in their order."""
     found = 0
     with tarfile.open(path, "r:") as archive:
         for member in archive:

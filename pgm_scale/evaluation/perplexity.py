@@ -16,7 +16,8 @@ class Perplexity:
     """exp(sum of NLL / number of tokens).
 
     Attributes:
-        nll_nats_per_token: the ratio inside the exponential; for diffusion objectives an upper bound.
+        nll_nats_per_token: the ratio inside the exponential; for diffusion objectives an upper bound, and for
+            one that is no likelihood (`Objective.is_likelihood`) its mean loss, without a perplexity.
         standard_error: of that ratio, from its spread over sequences; NaN for fewer than two of them. It
             covers the choice of sequences and the draws; stratified times make the true one a little smaller.
         tokens: scored tokens.

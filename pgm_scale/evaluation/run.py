@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 
 from pgm_scale.data.storage import SplitStorage
+from pgm_scale.evaluation.perplexity import Perplexity
 from pgm_scale.evaluation.validation import VALIDATION_SEED, validate, validation_loader
-from pgm_scale.objectives import build_objective
+from pgm_scale.objectives import Objective, build_objective
 from pgm_scale.run_folder import check_fits_run, load_run
 
 
@@ -22,6 +23,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Perplexity of a run's newest good checkpoint on a split, with all that tells the number apart.
 
+    Objectives without a likelihood have a `loss` instead.
+
     Raises:
         UserError: no checkpoint, or the split has another tokenizer, vocabulary or length than the run.
     """
@@ -29,9 +32,10 @@ def evaluate_run(
     run = load_run(folder, weights=weights, device=device)
     storage = SplitStorage(split or run.config.data.validation, run.config.data.cache_folder)
     check_fits_run(storage.manifest, run.identity, storage.split)
+    objective = build_objective(run.config.objective, run.identity.vocabulary, run.config.model)
     result = validate(
         run.model,
-        build_objective(run.config.objective, run.identity.vocabulary),
+        objective,
         validation_loader(storage),
         sequences=sequences,
         batch_sequences=batch_sequences,
@@ -50,6 +54,14 @@ def evaluate_run(
         "precision": "fp32",
         "sequences": result.sequences,
         "tokens": result.tokens,
+        **_values(result, objective),
+    }
+
+
+def _values(result: Perplexity, objective: Objective) -> dict[str, float]:
+    if not objective.is_likelihood:
+        return {"loss": result.nll_nats_per_token, "loss_standard_error": result.standard_error}
+    return {
         "nll_nats_per_token": result.nll_nats_per_token,
         "nll_standard_error": result.standard_error,
         "perplexity": result.perplexity,

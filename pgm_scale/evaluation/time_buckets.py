@@ -20,6 +20,8 @@ class TimeBuckets:
         self._pending: list[tuple[torch.Tensor, np.ndarray]] = []
 
     def add(self, terms: LossTerms) -> None:
+        if terms.cross_entropy_S is None:
+            return
         buckets = self._sums.shape[1]
         bucket_S = np.minimum((terms.mask_fraction_S * buckets).astype(np.int64), buckets - 1)
         self._pending.append((terms.cross_entropy_S, bucket_S))
@@ -37,6 +39,11 @@ class TimeBuckets:
     def merge(self, state: np.ndarray) -> None:
         """Add another accumulator's state to this one."""
         self._sums += state.reshape(self._sums.shape)
+
+    def metrics(self) -> dict[str, list[float]]:
+        """The `result` as it is logged; nothing if no row with a cross-entropy was added."""
+        means = self.result()
+        return {} if np.isnan(means).all() else {"cross_entropy_by_mask_fraction": means.tolist()}
 
     def result(self) -> np.ndarray:
         """float64 [buckets]: nats per token of all that was added and merged, NaN in an empty bucket."""

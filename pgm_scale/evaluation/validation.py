@@ -70,10 +70,33 @@ def validate(
     return total.result()
 
 
+def validation_metrics(result: Perplexity, objective: Objective) -> dict[str, float]:
+    """A validation as it is logged: a perplexity only where the loss is a likelihood's."""
+    if not objective.is_likelihood:
+        return {
+            "validation_loss": result.nll_nats_per_token,
+            "validation_loss_standard_error": result.standard_error,
+        }
+    return {
+        "validation_nll": result.nll_nats_per_token,
+        "validation_perplexity": result.perplexity,
+        "validation_perplexity_standard_error": result.perplexity_standard_error,
+    }
+
+
+def validation_summary(result: Perplexity, objective: Objective) -> str:
+    """A validation in words, for the console."""
+    if not objective.is_likelihood:
+        value = f"loss {result.nll_nats_per_token:.4f} +- {result.standard_error:.4f}"
+    else:
+        value = f"perplexity {result.perplexity:.2f} +- {result.perplexity_standard_error:.2f}"
+    return f"validation {value} on {result.sequences} sequences"
+
+
 def _nll_of_sequences(
     model: Callable[..., Any], objective: Objective, batch: TokenBatch, device: torch.device
 ) -> np.ndarray:
-    """float64 [B]: the bound on each sequence's NLL in nats, with the draws of its sample number."""
+    """float64 [B]: the loss of each sequence, of text a bound on its NLL, with the draws of its sample number."""
     spec = DrawSpec(VALIDATION_SEED, len(batch.tokens_BL))
     with torch.no_grad():
         terms = loss_terms(objective, model, objective.validation_inputs(batch, spec).to(device))

@@ -16,14 +16,18 @@ from torch import nn
 from pgm_scale.config import (
     AutoregressiveTransformerConfig,
     DiffusionTransformerConfig,
+    MaskGITTransformerConfig,
     ModelConfig,
     PartitionTransformerConfig,
+    VQModelConfig,
 )
 from pgm_scale.models.autoregressive import AutoregressiveTransformer
 from pgm_scale.models.dit import DiffusionTransformer
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
+from pgm_scale.models.maskgit import MaskGITTransformer
 from pgm_scale.models.partition_transformer import PartitionTransformer
 from pgm_scale.models.stages import Span
+from pgm_scale.models.vq import VQModel
 
 
 def build_model(
@@ -38,7 +42,7 @@ def build_model(
     Args:
         config: which model and how large.
         vocab_size: tokens, the mask included.
-        length: longest sequence, which sizes the position tables.
+        length: longest sequence, which sizes the position tables. A VQ model takes neither from the data.
         layers: makes the linears; plain torch ones by default.
         span: the units that a pipeline stage holds; all by default.
     """
@@ -49,3 +53,7 @@ def build_model(
             return DiffusionTransformer(config, vocab_size, length, layers, span)
         case AutoregressiveTransformerConfig():
             return AutoregressiveTransformer(config, vocab_size, length, layers, span)
+        case MaskGITTransformerConfig():
+            return MaskGITTransformer(config, vocab_size, length, layers, span)
+        case VQModelConfig():
+            return VQModel(config)

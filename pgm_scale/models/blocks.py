@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pgm_scale.models.dropout import dropout
+from pgm_scale.models.host_matmul import HostLinear, fuses_gelu
 from pgm_scale.models.layers import LayerBuilder, LayerNorm, gated_residual, rotate, zero_linear
 from pgm_scale.models.readout import Readout
 
@@ -20,12 +21,21 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v, each [..., N, D]
 MLP_RATIO = 4
 
 
-def feed_forward(hidden_size: int, layers: LayerBuilder) -> nn.Sequential:
-    return nn.Sequential(
-        layers.column_linear(hidden_size, MLP_RATIO * hidden_size, bias=True),
-        nn.GELU(approximate="tanh"),
-        layers.row_linear(MLP_RATIO * hidden_size, hidden_size, bias=True),
-    )
+class FeedForward(nn.Sequential):
+    """Linear, GELU in its tanh form, linear."""
+
+    def __init__(self, hidden_size: int, layers: LayerBuilder):
+        super().__init__(
+            layers.column_linear(hidden_size, MLP_RATIO * hidden_size, bias=True),
+            nn.GELU(approximate="tanh"),
+            layers.row_linear(MLP_RATIO * hidden_size, hidden_size, bias=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        expand, gelu, contract = self
+        if isinstance(expand, HostLinear) and fuses_gelu(x):
+            return contract(expand(x, True))
+        return contract(gelu(expand(x)))
 
 
 def split_heads(fused: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -55,7 +65,7 @@ class SelfAttentionBlock(nn.Module):
         self.attn_qkv = layers.column_linear(hidden_size, 3 * hidden_size, bias=False, fused_parts=3)
         self.attn_out = layers.row_linear(hidden_size, hidden_size, bias=False)
         self.norm2 = LayerNorm(hidden_size)
-        self.mlp = feed_forward(hidden_size, layers)
+        self.mlp = FeedForward(hidden_size, layers)
         self.adaLN_modulation = (
             None
             if condition_size is None
@@ -90,7 +100,7 @@ class CrossAttentionBlock(nn.Module):
         self.attn_q = layers.column_linear(hidden_size, hidden_size, bias=False)
         self.attn_kv = layers.column_linear(hidden_size, 2 * hidden_size, bias=False, fused_parts=2)
         self.attn_out = layers.row_linear(hidden_size, hidden_size, bias=False)
-        self.mlp = feed_forward(hidden_size, layers)
+        self.mlp = FeedForward(hidden_size, layers)
         self.adaLN_modulation = zero_linear(
             layers.replicated_linear(condition_size, 6 * hidden_size, bias=True)
         )

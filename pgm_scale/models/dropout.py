@@ -15,6 +15,17 @@ from torch import Tensor
 _LEVELS = 1 << 16
 
 
+def attention_with_dropout(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, rate: float) -> Tensor:
+    """Scaled dot-product attention `[B, N, L, D]` of all positions, in which a weight is dropped with `rate`.
+
+    torch's own makes the same matrix of weights on a CPU, when it drops some, but with its slow draws.
+    """
+    if rate == 0.0 or q_BNLD.device.type != "cpu":
+        return F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, dropout_p=rate)
+    scores_BNLL = (q_BNLD * q_BNLD.shape[-1] ** -0.5) @ k_BNLD.transpose(-2, -1)
+    return dropout(scores_BNLL.softmax(dim=-1).to(v_BNLD.dtype), rate, training=True) @ v_BNLD
+
+
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     """x with each element 0 with probability `rate` and else divided by 1 - rate, drawn from torch's generator."""
     if not training or rate == 0.0:

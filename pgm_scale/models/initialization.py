@@ -9,35 +9,47 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pgm_scale.tensor_slices import TensorSlice
 
-Fill = Callable[[Tensor, torch.Generator], Any]
+Fill = Callable[[Tensor, torch.Generator | None], Any]  # without a generator: torch's global one
+Weight = TypeVar("Weight", bound=Tensor)  # torch's own layers call their parameters tensors
 
 
-def fill_with(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
+def fill_with(parameter: Weight, fill: Fill) -> Weight:
     """Remember how to draw the whole tensor that this parameter is, or is a slice of."""
     parameter.fill = fill  # type: ignore[attr-defined]
     return parameter
+
+
+def initialise(parameter: Weight, fill: Fill) -> Weight:
+    """`fill_with`, and fill it now, from torch's global generator."""
+    with torch.no_grad():
+        fill(parameter, None)
+    return fill_with(parameter, fill)
 
 
 def uniform(bound: float) -> Fill:
     return lambda whole, generator: whole.uniform_(-bound, bound, generator=generator)
 
 
-def normal(whole: Tensor, generator: torch.Generator) -> Tensor:
+def normal(whole: Tensor, generator: torch.Generator | None) -> Tensor:
     return whole.normal_(generator=generator)
 
 
-def zeros(whole: Tensor, _: torch.Generator) -> Tensor:
+def normal_of(deviation: float) -> Fill:
+    return lambda whole, generator: whole.normal_(0.0, deviation, generator=generator)
+
+
+def zeros(whole: Tensor, _: torch.Generator | None) -> Tensor:
     return whole.zero_()
 
 
-def ones(whole: Tensor, _: torch.Generator) -> Tensor:
+def ones(whole: Tensor, _: torch.Generator | None) -> Tensor:
     return whole.fill_(1.0)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgm_scale.models.host_matmul import HostLinear
-from pgm_scale.models.initialization import fill_with, ones, uniform, zeros
+from pgm_scale.models.initialization import fill_with, normal, ones, uniform, zeros
 from pgm_scale.models.vocabulary import VocabularyEmbedding, VocabularyLinear
 
 Linear = TypeVar("Linear", bound=nn.Module)
 FREQUENCY_BASE = 10000.0
+RMS_EPSILON = 1e-5
 TIME_FEATURES = 256
 
 
@@ -49,6 +51,15 @@ class LayerBuilder(Protocol):
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module: ...
 
     def vocab_linear(self, hidden_size: int, vocab_size: int) -> nn.Module: ...
+
+    def token_table(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        """A `vocab_embedding` whose table is called `weight`, split like that of the `vocab_linear`."""
+
+    def rms_norms(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        """Each `[T, H / ranks]` over its root mean square over all H, of which every rank has its columns."""
+
+    def own_draws(self, device: torch.device, needed: bool) -> AbstractContextManager[None]:
+        """Draws that no other rank makes: dropout of what ranks hold parts of. Behind it all ranks go on alike."""
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """This rank's share of `[T, H]` tokens where sequence parallelism splits them, else all of them."""
@@ -79,6 +90,15 @@ class LocalLayers:
 
     def vocab_linear(self, hidden_size: int, vocab_size: int) -> nn.Module:
         return VocabularyLinear(hidden_size, vocab_size)
+
+    def token_table(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        return nn.Embedding(vocab_size, hidden_size)
+
+    def rms_norms(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(rms_normed, columns))
+
+    def own_draws(self, device: torch.device, needed: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def own_tokens(self, x: Tensor) -> Tensor:
         return x
@@ -120,6 +140,33 @@ class LayerNorm(nn.Module):
         return torch.addcmul(shift, normed.unflatten(0, (len(scale), -1)), 1 + scale).flatten(0, 1)
 
 
+class RMSNorm(nn.Module):
+    """RMS norm with weight and maybe bias, eps 1e-5, and `x * (1 + scale) + shift` behind it (FACTS 2.1)."""
+
+    def __init__(self, hidden_size: int, bias: bool = False):
+        super().__init__()
+        self.weight = fill_with(nn.Parameter(torch.ones(hidden_size)), ones)
+        self.bias = fill_with(nn.Parameter(torch.zeros(hidden_size)), zeros) if bias else None
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x `[T, H]`; shift and scale `[P, 1, H]`, one for T / P consecutive rows."""
+        factor = self.weight.to(scale.dtype) * (1 + scale)
+        if self.bias is not None:
+            shift = torch.addcmul(shift, self.bias.to(scale.dtype), 1 + scale)
+        return torch.addcmul(shift, rms_normed(x).unflatten(0, (len(scale), -1)), factor).flatten(0, 1)
+
+
+def rms_normed(x: Tensor) -> Tensor:
+    """x `[..., H]` over its root mean square, computed in fp32.
+
+    torch has a kernel for it on a GPU only; on a CPU its parts are fewer here, 3 passes over x instead of 7.
+    """
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x * (norm.square() / x.shape[-1] + RMS_EPSILON).rsqrt()).to(x.dtype)
+
+
 class TimeEmbedding(nn.Module):
     """The condition vector of noise levels sigma (FACTS 1.2); the embedding MLP and the SiLU behind it.
 
@@ -141,6 +188,33 @@ class TimeEmbedding(nn.Module):
         angles = sigma.float()[..., None] * torch.exp(-math.log(FREQUENCY_BASE) / half * steps)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return F.silu(self.mlp(features.to(dtype)))
+
+
+class ClassEmbedding(nn.Module):
+    """The condition vector of classes: a row of a table, used as it is (FACTS 2.1); the last row is "no class"."""
+
+    def __init__(self, num_classes: int, condition_size: int, layers: LayerBuilder):
+        super().__init__()
+        self.layers = layers
+        self.embedding_table = nn.Embedding(num_classes + 1, condition_size)
+        fill_with(self.embedding_table.weight, normal)
+
+    def forward(self, classes_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """Conditions `[P, 1, c]` in `dtype` of int64 classes, one a sequence: see `own_pieces`."""
+        return self.embedding_table(own_pieces(classes_B, self.layers))[:, None].to(dtype)
+
+
+def own_pieces(values_B: Tensor, layers: LayerBuilder) -> Tensor:
+    """`[P]`, the value of each piece of this rank's tokens, from one a sequence.
+
+    Without sequence parallelism the pieces are the sequences.
+
+    With it a rank's tokens are P consecutive pieces of one length, none of which crosses the end of a sequence:
+    lcm(B, ranks) pieces are the fewest that both cuts allow, whatever the number of tokens.
+    """
+    sequences = len(values_B)
+    pieces = math.lcm(sequences, layers.token_ranks) // sequences
+    return layers.own_tokens(values_B.repeat_interleave(pieces))
 
 
 class PositionTable(nn.Module):

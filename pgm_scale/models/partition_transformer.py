@@ -3,6 +3,10 @@
 Encoder blocks attend within a group; GroupSwap makes a new stream out of positions and the other group's
 keys; decoder blocks keep reading the other group's final encoding. So the logits of a position depend on no
 token of its own group. Training and inference share one packed layout, `PartitionInputs`.
+
+The model of images (FACTS 2.1) is conditioned on a class instead of the constant time, and has R registers:
+learned tokens in front of the data, R/2 in each group, which take the positions 0 to R - 1 and move the data's by
+R. Register r is the token -1 - r; `register_tokens` and `registers_in_group1` are what a layout puts in front.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +30,10 @@ from pgm_scale.models.blocks import (
     SelfAttentionBlock,
     split_heads,
 )
-from pgm_scale.models.initialization import fill_with, normal, ones, zeros
+from pgm_scale.models.initialization import fill_with, initialise, normal, normal_of, ones, zeros
 from pgm_scale.models.layers import (
     LOCAL_LAYERS,
+    ClassEmbedding,
     LayerBuilder,
     PositionTable,
     RotaryTable,
@@ -37,6 +43,8 @@ from pgm_scale.models.layers import (
 from pgm_scale.models.readout import Readout, logits
 from pgm_scale.models.segments import Segments, segment_attention
 from pgm_scale.models.stages import Span, numbered, whole_span
+
+REGISTER_DEVIATION = 0.02  # of the registers' initial values
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,16 @@ class PartitionInputs:
     the partition. Inference: a row's clean tokens are its key segment, the positions to predict its query
     segment. Any segment may be empty.
 
+    A class-conditional model needs each sequence to have as many tokens, T / B, and as many queries, Q / B. In
+    training on images, only codes are predicted: T = B * (R + L), and Q = B * (L - 1) without registers and BOS.
+
     Attributes:
-        tokens_T: int64 token ids.
-        positions_T: int64 positions of the tokens, 0 to L - 1.
+        tokens_T: int64 token ids; -1 - r is register r.
+        positions_T: int64 positions of the tokens, 0 to R + L - 1.
         segments: the key segments over T.
         query_positions_Q: int64 positions to predict.
         query_segments: the query segments over Q, as many as there are key segments.
+        classes_B: int64 class of each sequence, `num_classes` for none; None for models without classes.
     """
 
     tokens_T: Tensor
@@ -61,6 +73,7 @@ class PartitionInputs:
     segments: Segments
     query_positions_Q: Tensor
     query_segments: Segments
+    classes_B: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PartitionInputs:
         return PartitionInputs(
@@ -69,7 +82,18 @@ class PartitionInputs:
             self.segments.to(device),
             self.query_positions_Q.to(device, non_blocking=True),
             self.query_segments.to(device),
+            None if self.classes_B is None else self.classes_B.to(device, non_blocking=True),
         )
+
+
+def register_tokens(registers: int) -> np.ndarray:
+    """int64 [R]: the token ids of the registers, in the order of their positions, 0 to R - 1."""
+    return -1 - np.arange(registers)
+
+
+def registers_in_group1(registers: int) -> np.ndarray:
+    """bool [R]: whether each register is in group 1, as the first half is; inference keeps those of group 0."""
+    return np.arange(registers) < registers // 2
 
 
 class PartitionTransformer(nn.Module):
@@ -93,12 +117,14 @@ class PartitionTransformer(nn.Module):
         self.output_unit = self.group_swap_unit + config.num_decoder_blocks + 1
         hidden, condition = config.hidden_size, config.condition_size
         self.vocab_embed = layers.vocab_embedding(vocab_size, hidden) if 0 in span else None
-        self.rotary_emb = RotaryTable(length, hidden // config.num_heads)
-        self.sigma_map = TimeEmbedding(condition, layers)
+        self.rotary_emb = RotaryTable(config.registers + length, hidden // config.num_heads)
+        # Either is on every stage, because all of them need the condition.
+        self.cls_embed = ClassEmbedding(config.num_classes, condition, layers) if config.num_classes else None
+        self.sigma_map = None if config.num_classes else TimeEmbedding(condition, layers)
         self.encoder = Encoder(config, layers, span.numbers(1, config.num_encoder_blocks))
         self.decoder = Decoder(
             config,
-            length,
+            config.registers + length,
             layers,
             span.numbers(self.group_swap_unit + 1, config.num_decoder_blocks),
             has_group_swap=self.group_swap_unit in span,
@@ -106,6 +132,10 @@ class PartitionTransformer(nn.Module):
         self.output_layer = (
             OutputLayer(hidden, vocab_size, condition, layers) if self.output_unit in span else None
         )
+        self.reg_tokens = nn.Embedding(config.registers, hidden) if config.registers and 0 in span else None
+        if self.reg_tokens is not None:
+            initialise(self.reg_tokens.weight, normal_of(REGISTER_DEVIATION))
+        self.own_tokens = layers.own_tokens
 
     def forward(
         self, inputs: PartitionInputs, readout: Readout = logits, received: Tensor | None = None
@@ -115,9 +145,9 @@ class PartitionTransformer(nn.Module):
         A stage that starts inside the model takes the streams that it has `received`, and one that ends inside
         returns its own: see `models.stages`.
         """
-        x = received if self.vocab_embed is None else self.vocab_embed(inputs.tokens_T)
+        x = received if self.vocab_embed is None else self._embedded(inputs.tokens_T)
         assert x is not None, "a stage without the embedding needs what the stage before it sends"
-        condition = self.sigma_map(x.new_zeros(()), x.dtype)
+        condition = self._condition(inputs, x)
         rotaries = Rotaries(
             queries=self.rotary_emb(inputs.query_positions_Q, x.dtype),
             keys=self.rotary_emb(inputs.positions_T, x.dtype),
@@ -134,6 +164,24 @@ class PartitionTransformer(nn.Module):
         if self.output_layer is not None:
             return self.output_layer(decoded_QH, condition, readout)
         return decoded_QH if self.span.last == self.output_unit else torch.cat([decoded_QH, encoded_TH])
+
+    def _embedded(self, tokens_T: Tensor) -> Tensor:
+        """`[T, H]`: rows of the token table, and the registers."""
+        assert self.vocab_embed is not None
+        if self.reg_tokens is None:
+            return self.vocab_embed(tokens_T)
+        embedded_TH = self.vocab_embed(tokens_T.clamp(min=0))
+        own_T = self.own_tokens(tokens_T)
+        registers_TH = self.reg_tokens((-1 - own_T).clamp(min=0))
+        return torch.where(own_T[:, None] < 0, registers_TH, embedded_TH)
+
+    def _condition(self, inputs: PartitionInputs, x: Tensor) -> Tensor:
+        """`[c]`, one for all, or `[B, 1, c]` of the classes."""
+        if self.cls_embed is None:
+            assert self.sigma_map is not None
+            return self.sigma_map(x.new_zeros(()), x.dtype)
+        assert inputs.classes_B is not None, "a class-conditional model needs the class of each sequence"
+        return self.cls_embed(inputs.classes_B, x.dtype)
 
     def rows_before(self, unit: int, inputs: PartitionInputs) -> int:
         """Rows of H that pass into a unit from the one before it."""

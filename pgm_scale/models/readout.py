@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pgm_scale.models.vocabulary import OutputLinear
 
-Readout = Callable[[Tensor, OutputLinear], Any]
+# Of (hidden states, output linear); a VQ model, which has neither, calls it with a `models.vq.VQPass`.
+Readout = Callable[..., Any]
 
 
 def logits(hidden: Tensor, output_linear: OutputLinear) -> Tensor:

@@ -99,7 +99,8 @@ def segment_attention(
     on_cpu = q_QND.device.type == "cpu"
     if query_segments.is_uniform and key_segments.is_uniform:
         return uniform_attention(q_QND, k_TND, v_TND, query_segments, key_segments)
-    if on_cpu and 0 < query_segments.pair_length == key_segments.pair_length <= MAX_MASKED_PAIR_TOKENS:
+    pair_lengths = (query_segments.pair_length, key_segments.pair_length)
+    if on_cpu and min(pair_lengths) > 0 and max(pair_lengths) <= MAX_MASKED_PAIR_TOKENS:
         return paired_attention(q_QND, k_TND, v_TND, query_segments, key_segments)
     if 0 in query_segments.lengths or 0 in key_segments.lengths:
         return _around_empty_segments(q_QND, k_TND, v_TND, query_segments, key_segments)
@@ -145,19 +146,19 @@ def uniform_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: 
 
 
 def paired_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """A batch of sequences, each of two segments, under a mask: for short sequences on a CPU.
+    """A batch of sequences, each of two segments, under a mask `[B, L, M]`: for short sequences on a CPU.
 
     Twice the operations or more, but one call; takes empty segments too. See `MAX_MASKED_PAIR_TOKENS`.
     """
-    sequences, length = queries.count // 2, queries.pair_length
-    query_ids_BL, key_ids_BL = queries.ids_T.view(sequences, length), keys.ids_T.view(sequences, length)
-    mask_BLL = query_ids_BL[:, :, None] == key_ids_BL[:, None, :]
+    sequences = queries.count // 2
+    query_ids_BL, key_ids_BM = queries.ids_T.view(sequences, -1), keys.ids_T.view(sequences, -1)
+    mask_BLM = query_ids_BL[:, :, None] == key_ids_BM[:, None, :]
     if 0 in keys.lengths:
         # A softmax needs something to read: these rows read everything, and their outputs are dropped.
-        without_keys_BL = ~mask_BLL.any(dim=-1)
-        mask_BLL |= without_keys_BL[..., None]
-    q, k, v = (x.unflatten(0, (sequences, length)).transpose(1, 2) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BLL[:, None]).transpose(1, 2)
+        without_keys_BL = ~mask_BLM.any(dim=-1)
+        mask_BLM |= without_keys_BL[..., None]
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BLM[:, None]).transpose(1, 2)
     if 0 in keys.lengths:
         attended = attended.masked_fill(without_keys_BL[..., None, None], 0.0)
     return attended.flatten(0, 1)

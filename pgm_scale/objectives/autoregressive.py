@@ -27,6 +27,8 @@ class NextTokenInputs(Inputs):
 class AutoregressiveObjective:
     """Exact NLL given the first token; nothing is drawn, so training and validation inputs are the same."""
 
+    is_likelihood = True
+
     def __init__(self, config: AutoregressiveObjectiveConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary

@@ -35,18 +35,20 @@ class LossTerms:
     """Sums over the scored tokens of each row.
 
     Attributes:
-        loss_S: fp32 weighted negative log-likelihood in nats, differentiable.
-        cross_entropy_S: fp32 negative log-likelihood in nats without weights, detached.
+        loss_S: fp32, differentiable; of objectives of tokens the weighted negative log-likelihood in nats.
+        cross_entropy_S: fp32 negative log-likelihood in nats without weights, detached; None of a VQ model.
         scored_tokens_S: int64 tokens in the row's sums.
         mask_fraction_S: float64 share of the sequence's positions that the row has to predict.
         sequence_S: int64 index in the batch of the sequence that the row belongs to.
+        code_counts_K: int64 histogram of the codes that a VQ model chose, for the log; None of other models.
     """
 
     loss_S: torch.Tensor
-    cross_entropy_S: torch.Tensor
+    cross_entropy_S: torch.Tensor | None
     scored_tokens_S: np.ndarray
     mask_fraction_S: np.ndarray
     sequence_S: np.ndarray
+    code_counts_K: torch.Tensor | None = None
 
     def loss_of_sequences(self, sequences: int) -> np.ndarray:
         """float64 [B]: the weighted loss of each of the batch's `sequences`, summed over its rows."""
@@ -106,7 +108,13 @@ class ModelCall:
 
 
 class Objective(Protocol):
-    """A loss in three steps: pure host-side `*_inputs`, the model's `call`, and `terms` of what it returns."""
+    """A loss in three steps: pure host-side `*_inputs`, the model's `call`, and `terms` of what it returns.
+
+    Attributes:
+        is_likelihood: the validation loss is the NLL or a bound on it, so that its exponential is a perplexity.
+    """
+
+    is_likelihood: bool
 
     def scored_tokens(self, batch: TokenBatch) -> np.ndarray:
         """int64 [B]: what the loss of each sequence is divided by."""

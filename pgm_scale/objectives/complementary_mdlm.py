@@ -24,6 +24,8 @@ from pgm_scale.objectives.mdlm import MaskedInputs, MDLMObjective, masked_inputs
 class ComplementaryMDLMObjective:
     """See the module's docstring."""
 
+    is_likelihood = True
+
     def __init__(self, config: ComplementaryMDLMObjectiveConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary

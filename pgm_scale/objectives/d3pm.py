@@ -75,6 +75,8 @@ class D3PMInputs(Inputs):
 class D3PMObjective:
     """See the module's docstring."""
 
+    is_likelihood = True
+
     def __init__(self, config: D3PMObjectiveConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary

@@ -60,6 +60,8 @@ class MaskedInputs(Inputs):
 class MDLMObjective:
     """See the module's docstring."""
 
+    is_likelihood = True
+
     def __init__(self, config: MDLMObjectiveConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary

@@ -42,7 +42,7 @@ from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.diffusion.draws import bernoulli_mask, stratified_uniform, uniform_subset
 from pgm_scale.diffusion.schedule import LogLinearSchedule
-from pgm_scale.models.partition_transformer import PartitionInputs
+from pgm_scale.models.partition_transformer import PartitionInputs, register_tokens, registers_in_group1
 from pgm_scale.models.readout import TokenNLL
 from pgm_scale.models.segments import Segments
 from pgm_scale.objectives.base import (
@@ -86,6 +86,8 @@ class PGMInputs(Inputs):
 class PGMObjective:
     """See the module's docstring for the three forms and their weights."""
 
+    is_likelihood = True
+
     def __init__(self, config: PGMObjectiveConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary
@@ -95,25 +97,20 @@ class PGMObjective:
         return scorable(batch, self.vocabulary).sum(axis=1)
 
     def training_inputs(self, batch: TokenBatch, spec: DrawSpec) -> PGMInputs:
-        return self._pack(batch, self.training_partition(batch, spec))
+        return pack(batch, self.training_partition(batch, spec), self.vocabulary)
 
     def validation_inputs(self, batch: TokenBatch, spec: DrawSpec) -> PGMInputs:
         """The bound that MDLM reports: only group 1 counts, with weight 1/t (FACTS 3.4)."""
         t_B = validation_times(batch, spec, self.config.minimum_time)
         groups = self._independent_groups(batch, spec.seed, "validation/partition", t_B)
         weights = np.stack([self.schedule.weight(t_B), np.zeros_like(t_B)], axis=1)
-        return self._pack(batch, Partition(groups, weights))
+        return pack(batch, Partition(groups, weights), self.vocabulary)
 
     def call(self, inputs: PGMInputs) -> ModelCall:
-        weight_B2 = inputs.rows.weight_S.view(-1, 2, 1)
-        weight_Q = (inputs.scored_B2L * weight_B2).sum(dim=1).flatten()
-        return ModelCall((inputs.partition,), TokenNLL(inputs.targets_Q, self.vocabulary.mask_id, weight_Q))
+        return packed_call(inputs, self.vocabulary)
 
     def terms(self, nll_Q: torch.Tensor, inputs: PGMInputs) -> LossTerms:
-        scored_B2L = inputs.scored_B2L
-        # A fixed-shape sum: the same bits on every run, unlike a scatter on a GPU.
-        nll_B2 = (nll_Q.view(scored_B2L.shape[0], 1, -1) * scored_B2L).sum(dim=-1)
-        return inputs.rows.terms(nll_B2.flatten())
+        return packed_terms(nll_Q, inputs)
 
     def training_partition(self, batch: TokenBatch, spec: DrawSpec) -> Partition:
         """Groups and loss weights of the configured form."""
@@ -140,30 +137,69 @@ class PGMObjective:
         weights = np.where(size_B2 > 0, (length + 1) / (2 * np.maximum(size_B2, 1)), 0.0)
         return Partition(groups, weights)
 
-    def _pack(self, batch: TokenBatch, partition: Partition) -> PGMInputs:
-        """Sort each sequence by group: keys as (group 0, group 1), queries as (group 1, group 0)."""
-        tokens_BL, in_group1_BL = batch.tokens_BL, partition.in_group1_BL
-        sequences, length = tokens_BL.shape
-        key_order_BL = np.argsort(in_group1_BL, axis=1, kind="stable")
-        query_order_BL = np.argsort(~in_group1_BL, axis=1, kind="stable")
-        group1_B = in_group1_BL.sum(axis=1)
-        size_B2 = np.stack([group1_B, length - group1_B], axis=1)  # in the order of the queries
 
-        targets_BL = np.take_along_axis(finite_targets(tokens_BL, self.vocabulary), query_order_BL, axis=1)
-        scored = np.take_along_axis(scorable(batch, self.vocabulary), query_order_BL, axis=1)
-        first_BL = np.arange(length) < group1_B[:, None]
-        scored_B2L = np.stack([scored & first_BL, scored & ~first_BL], axis=1)
-        rows = Rows.of(
-            weight_S=partition.weight_B2.ravel(),
-            scored_tokens_S=scored_B2L.sum(axis=2).ravel(),
-            mask_fraction_S=size_B2.ravel() / length,
-            sequence_S=np.repeat(np.arange(sequences), 2),
-        )
-        packed = PartitionInputs(
-            tokens_T=torch.from_numpy(np.take_along_axis(tokens_BL, key_order_BL, axis=1).ravel()),
-            positions_T=torch.from_numpy(key_order_BL.ravel()),
-            segments=Segments.of(size_B2[:, ::-1].ravel().tolist(), "cpu"),
-            query_positions_Q=torch.from_numpy(query_order_BL.ravel()),
-            query_segments=Segments.of(size_B2.ravel().tolist(), "cpu"),
-        )
-        return PGMInputs(packed, torch.from_numpy(targets_BL.ravel()), torch.from_numpy(scored_B2L), rows)
+def pack(
+    batch: TokenBatch,
+    partition: Partition,
+    vocabulary: Vocabulary,
+    registers: int = 0,
+    first_target: int = 0,
+    classes_B: np.ndarray | None = None,
+) -> PGMInputs:
+    """Sort each sequence by group: keys as (group 0, group 1), queries as (group 1, group 0).
+
+    Args:
+        registers: R of the model, whose registers are keys in front of the tokens.
+        first_target: so many first tokens of each sequence are keys only, and neither predicted nor scored.
+        classes_B: int64, for a class-conditional model.
+    """
+    sequences, targets = len(batch.tokens_BL), batch.tokens_BL.shape[1] - first_target
+
+    def with_registers(front_R: np.ndarray, values_BL: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.broadcast_to(front_R, (sequences, registers)), values_BL], axis=1)
+
+    tokens_BC = with_registers(register_tokens(registers), batch.tokens_BL)  # columns are true positions
+    in_group1_BC = with_registers(registers_in_group1(registers), partition.in_group1_BL)
+    key_order_BC = np.argsort(in_group1_BC, axis=1, kind="stable")
+    keys1_B = in_group1_BC.sum(axis=1)
+    keys_B2 = np.stack([tokens_BC.shape[1] - keys1_B, keys1_B], axis=1)
+
+    in_group1_BL = partition.in_group1_BL[:, first_target:]
+    query_order_BL = np.argsort(~in_group1_BL, axis=1, kind="stable")
+    queries1_B = in_group1_BL.sum(axis=1)
+    queries_B2 = np.stack([queries1_B, targets - queries1_B], axis=1)
+    tokens_BL = finite_targets(batch.tokens_BL, vocabulary)[:, first_target:]
+    scored_BL = np.take_along_axis(scorable(batch, vocabulary)[:, first_target:], query_order_BL, axis=1)
+    first_BL = np.arange(targets) < queries1_B[:, None]
+    scored_B2L = np.stack([scored_BL & first_BL, scored_BL & ~first_BL], axis=1)
+    rows = Rows.of(
+        weight_S=partition.weight_B2.ravel(),
+        scored_tokens_S=scored_B2L.sum(axis=2).ravel(),
+        mask_fraction_S=queries_B2.ravel() / targets,
+        sequence_S=np.repeat(np.arange(sequences), 2),
+    )
+    packed = PartitionInputs(
+        tokens_T=torch.from_numpy(np.take_along_axis(tokens_BC, key_order_BC, axis=1).ravel()),
+        positions_T=torch.from_numpy(key_order_BC.ravel()),
+        segments=Segments.of(keys_B2.ravel().tolist(), "cpu"),
+        query_positions_Q=torch.from_numpy((registers + first_target + query_order_BL).ravel()),
+        query_segments=Segments.of(queries_B2.ravel().tolist(), "cpu"),
+        classes_B=None if classes_B is None else torch.from_numpy(classes_B),
+    )
+    targets_BL = np.take_along_axis(tokens_BL, query_order_BL, axis=1)
+    return PGMInputs(packed, torch.from_numpy(targets_BL.ravel()), torch.from_numpy(scored_B2L), rows)
+
+
+def packed_call(inputs: PGMInputs, vocabulary: Vocabulary) -> ModelCall:
+    """The NLL of each query, the mask's own logit removed."""
+    weight_B2 = inputs.rows.weight_S.view(-1, 2, 1)
+    weight_Q = (inputs.scored_B2L * weight_B2).sum(dim=1).flatten()
+    return ModelCall((inputs.partition,), TokenNLL(inputs.targets_Q, vocabulary.mask_id, weight_Q))
+
+
+def packed_terms(nll_Q: torch.Tensor, inputs: PGMInputs) -> LossTerms:
+    """The loss of each (sequence, group)."""
+    scored_B2L = inputs.scored_B2L
+    # A fixed-shape sum: the same bits on every run, unlike a scatter on a GPU.
+    nll_B2 = (nll_Q.view(scored_B2L.shape[0], 1, -1) * scored_B2L).sum(dim=-1)
+    return inputs.rows.terms(nll_B2.flatten())

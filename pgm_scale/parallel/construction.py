@@ -18,6 +18,7 @@ from pgm_scale.models import build_model
 from pgm_scale.models.blocks import CrossAttentionBlock, SelfAttentionBlock
 from pgm_scale.models.initialization import initial_values, note_slices
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder, PositionTable
+from pgm_scale.models.maskgit import MaskGITBlock
 from pgm_scale.models.stages import Span, spans, whole_span
 from pgm_scale.parallel.mesh import Mesh
 
@@ -51,7 +52,7 @@ def build_part(
 def recompute(model: nn.Module) -> None:
     """Keep only the blocks' inputs for the backward pass, which computes the rest again."""
     for module in model.modules():
-        if isinstance(module, (SelfAttentionBlock, CrossAttentionBlock)):
+        if isinstance(module, (SelfAttentionBlock, CrossAttentionBlock, MaskGITBlock)):
             module.forward = _recomputed(module.forward)  # type: ignore[method-assign]
 
 
@@ -63,10 +64,15 @@ def materialize(
     place: Callable[[nn.Parameter], None] = lambda _: None,
 ) -> None:
     """Give every parameter memory and its initial values; `place` is called with each before the next one."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is in several modules: the first names it
     for module_name, module in model.named_modules():
         for key, empty in list(module.named_parameters(recurse=False)):
+            if empty in filled:
+                setattr(module, key, filled[empty])
+                continue
             name = f"{module_name}.{key}" if module_name else key
             parameter = nn.Parameter(initial_values(name, empty, seed).to(device, dtype))
+            filled[empty] = parameter
             parameter.__dict__.update(empty.__dict__)  # its slice, and what Megatron noted on it
             setattr(module, key, parameter)
             place(parameter)

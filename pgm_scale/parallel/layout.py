@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pgm_scale.config import D3PMObjectiveConfig, DiffusionTransformerConfig, RunConfig
-from pgm_scale.models.stages import unit_kinds
+from pgm_scale.config import (
+    D3PMObjectiveConfig,
+    DiffusionTransformerConfig,
+    MaskGITTransformerConfig,
+    RunConfig,
+    TransformerConfig,
+    VQModelConfig,
+)
+from pgm_scale.models.maskgit import feed_forward_size
+from pgm_scale.models.stages import stream_rows, unit_kinds
 
 
 def layout_problems(config: RunConfig, world_size: int) -> list[str]:
@@ -15,7 +23,7 @@ def layout_problems(config: RunConfig, world_size: int) -> list[str]:
         return []  # out of range, which `config.inconsistencies` says
     return [
         *_world_problems(config, world_size),
-        *_tensor_problems(config),
+        *(_vq_problems(config) if isinstance(config.model, VQModelConfig) else _tensor_problems(config)),
         *_stage_problems(config),
     ]
 
@@ -55,13 +63,39 @@ def _world_problems(config: RunConfig, world_size: int) -> list[str]:
     return []
 
 
+def _vq_problems(config: RunConfig) -> list[str]:
+    """A VQ model has no linears to split and no blocks to recompute: it is trained data-parallel."""
+    parallel, problems = config.parallel, []
+    if parallel.tensor > 1:
+        problems.append(
+            f"parallel.tensor {parallel.tensor} does not go with model.kind vq: convolutions are not split; use 1"
+        )
+    if parallel.sequence_parallel:
+        problems.append(
+            "parallel.sequence_parallel does not go with model.kind vq: its images are not tokens to share; "
+            "switch it off"
+        )
+    if config.training.recompute_blocks:
+        problems.append(
+            "training.recompute_blocks does not go with model.kind vq: it has no transformer blocks; use a smaller "
+            "training.micro_batch_sequences"
+        )
+    return problems
+
+
 def _tensor_problems(config: RunConfig) -> list[str]:
     model, parallel = config.model, config.parallel
+    assert not isinstance(model, VQModelConfig)
     problems = []
     if model.num_heads % parallel.tensor:
         problems.append(
             f"model.num_heads {model.num_heads} is not divisible by parallel.tensor {parallel.tensor}; "
             "a tensor-parallel rank holds whole heads"
+        )
+    if isinstance(model, MaskGITTransformerConfig) and feed_forward_size(model.hidden_size) % parallel.tensor:
+        problems.append(
+            f"parallel.tensor {parallel.tensor} does not divide the {feed_forward_size(model.hidden_size)} hidden "
+            f"units of SwiGLU that model.hidden_size {model.hidden_size} makes; use a power of 2"
         )
     if parallel.sequence_parallel and parallel.tensor == 1:
         problems.append("parallel.sequence_parallel needs parallel.tensor of at least 2")
@@ -115,7 +149,7 @@ def _counted(kinds: tuple[str, ...]) -> str:
 def length_problems(config: RunConfig, length_tokens: int) -> list[str]:
     """What the layout needs of the data's sequence length."""
     parallel = config.parallel
-    if not parallel.sequence_parallel:
+    if not parallel.sequence_parallel or isinstance(config.model, VQModelConfig):
         return []
     length = length_tokens - (config.objective.kind == "autoregressive")  # the last one is only a target
     objective = config.objective
@@ -124,12 +158,17 @@ def length_problems(config: RunConfig, length_tokens: int) -> list[str]:
     )
     copies = 2 if feeds_two else 1
     rows = config.training.micro_batch_sequences * copies
-    if rows * length % parallel.tensor:
-        return [
-            f"parallel.sequence_parallel: the {rows * length} tokens of a micro-batch ({rows} x {length}) are "
-            f"not divisible by parallel.tensor {parallel.tensor}; change training.micro_batch_sequences"
-        ]
-    return []
+    return [
+        f"parallel.sequence_parallel: the {rows * tokens} tokens of a micro-batch ({rows} x {tokens}) are "
+        f"not divisible by parallel.tensor {parallel.tensor}; change training.micro_batch_sequences"
+        for tokens in shared_tokens(config.model, length)
+        if rows * tokens % parallel.tensor
+    ]
+
+
+def shared_tokens(model: TransformerConfig, length: int) -> list[int]:
+    """How many tokens each stream of a sequence has, which sequence parallelism shares out one by one."""
+    return sorted({stream_rows(model, kind, length) for kind in ("group_swap", "output")})
 
 
 def describe_layout(config: RunConfig, world_size: int, vocab_size: int, stage_units: Sequence[int]) -> str:

@@ -61,12 +61,13 @@ def clip_in_update(
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Rate of the update that ends `step` (counted from 0): linear warm-up, then the schedule."""
+    """Rate of the update that ends `step` (counted from 0): linear warm-up, constant, then the schedule's fall."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    start = max(config.warmup_steps, round((1.0 - config.decay_share) * total_steps))
+    progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
     linear = 1.0 - progress
     shape = linear if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.learning_rate * (config.final_ratio + (1.0 - config.final_ratio) * shape)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pgm_scale.models.chunked_nll import VocabularyRange, chunked_nll
 from pgm_scale.models.initialization import fill_with, is_split, uniform
-from pgm_scale.models.layers import fill_linear
+from pgm_scale.models.layers import RMS_EPSILON, fill_linear
 from pgm_scale.tensor_slices import TensorSlice
 
 
@@ -84,15 +84,22 @@ class TensorParallelLayers:
         return fill_linear(nn.Linear(in_features, out_features, bias), in_features)
 
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
-        embedding = ParallelVocabularyEmbedding(
+        embedding = self._vocabulary_table(ParallelVocabularyEmbedding, vocab_size, hidden_size)
+        fill_with(embedding.weight, uniform(hidden_size**-0.5))
+        return embedding
+
+    def token_table(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        return self._vocabulary_table(ParallelTokenTable, vocab_size, hidden_size)
+
+    def _vocabulary_table(self, kind: type[ParallelTokenTable], vocab_size: int, hidden_size: int) -> Any:
+        table = kind(
             self.padded(vocab_size),
             hidden_size,
             reduce_scatter_embeddings=self.sequence_parallel,
             **self._settings(self.config),
         )
-        self._split_vocabulary(embedding.embedding, (vocab_size, hidden_size))
-        fill_with(embedding.embedding, uniform(hidden_size**-0.5))
-        return embedding
+        self._split_vocabulary(table.weight, (vocab_size, hidden_size))
+        return table
 
     def vocab_linear(self, hidden_size: int, vocab_size: int) -> nn.Module:
         linear = ParallelVocabularyLinear(
@@ -106,6 +113,24 @@ class TensorParallelLayers:
         self._split_vocabulary(linear.weight, (vocab_size, hidden_size))
         self._split_vocabulary(linear.bias, (vocab_size,))
         return fill_linear(linear, hidden_size)
+
+    def rms_norms(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        """One all-reduce of a number a token and tensor, and one of their gradients, which come from all ranks."""
+        width = columns[0].shape[-1] * self.tensor_parallel_size
+        squares = torch.stack([x.float().square().sum(-1, keepdim=True) for x in columns])
+        sums = reduce_from_tensor_model_parallel_region(squares, group=self.group)
+        factors = (copy_to_tensor_model_parallel_region(sums, group=self.group) / width + RMS_EPSILON).rsqrt()
+        return tuple((x * factor).to(x.dtype) for x, factor in zip(columns, factors, strict=True))
+
+    @contextmanager
+    def own_draws(self, device: torch.device, needed: bool) -> Iterator[None]:
+        if not needed:
+            yield
+            return
+        seed = int(torch.randint(1 << 62, (), device="cpu"))  # the same on all ranks
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + self.rank)
+            yield
 
     def own_tokens(self, x: Tensor) -> Tensor:
         if not self.sequence_parallel:
@@ -171,8 +196,18 @@ class RowLinear(_Autocasting, RowParallelLinear):
         return super().forward(x)[0]
 
 
-class ParallelVocabularyEmbedding(VocabParallelEmbedding):
-    """Megatron's, with the published name of its table and over tokens `[T]`."""
+class ParallelTokenTable(VocabParallelEmbedding):
+    """Megatron's, over tokens `[T]`."""
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """`[T, H]`, or this rank's `[T / ranks, H]`."""
+        if self.reduce_scatter_embeddings:
+            return super().forward(tokens_T[None]).squeeze(1)  # Megatron takes [B, L] and gives [L, B, H]
+        return super().forward(tokens_T)
+
+
+class ParallelVocabularyEmbedding(ParallelTokenTable):
+    """With the published name of the table of text models."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -182,12 +217,6 @@ class ParallelVocabularyEmbedding(VocabParallelEmbedding):
         return super().__getattr__(
             "embedding" if name == "weight" and "embedding" in self._parameters else name
         )
-
-    def forward(self, tokens_T: Tensor) -> Tensor:
-        """`[T, H]`, or this rank's `[T / ranks, H]`."""
-        if self.reduce_scatter_embeddings:
-            return super().forward(tokens_T[None]).squeeze(1)  # Megatron takes [B, L] and gives [L, B, H]
-        return super().forward(tokens_T)
 
 
 class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):

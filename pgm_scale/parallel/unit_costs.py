@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgm_scale.config import DiffusionTransformerConfig, ModelConfig, PartitionTransformerConfig
+from pgm_scale.config import (
+    DiffusionTransformerConfig,
+    MaskGITTransformerConfig,
+    PartitionTransformerConfig,
+    TransformerConfig,
+)
 from pgm_scale.errors import UserError
 from pgm_scale.models import build_model
 from pgm_scale.models.partition_transformer import PartitionInputs
 from pgm_scale.models.readout import TokenNLL
 from pgm_scale.models.segments import Segments
-from pgm_scale.models.stages import Span, unit_kinds
+from pgm_scale.models.stages import Span, stream_rows, unit_kinds
 from pgm_scale.parallel.construction import recompute
 
 WARM_UP, REPEATS = 2, 5
@@ -27,7 +32,7 @@ EXPECTED_GROUP_SHARE = (1 - 3**-0.5) / 2
 
 
 def measure_unit_costs(
-    config: ModelConfig,
+    config: TransformerConfig,
     vocab_size: int,
     length: int,
     micro_batch_sequences: int,
@@ -64,7 +69,7 @@ def measure_unit_costs(
 
 
 def _unit_seconds(
-    config: ModelConfig, unit: int, batch: ExampleBatch, dtype: torch.dtype, recompute_blocks: bool
+    config: TransformerConfig, unit: int, batch: ExampleBatch, dtype: torch.dtype, recompute_blocks: bool
 ) -> float:
     with batch.device:
         stage = build_model(config, batch.vocab_size, batch.length, span=Span(unit, unit + 1)).to(dtype)
@@ -73,7 +78,7 @@ def _unit_seconds(
     return _median_seconds(stage_forward(stage, config, unit, batch, dtype), batch.device)
 
 
-def one_of_each_kind(config: ModelConfig) -> ModelConfig:
+def one_of_each_kind(config: TransformerConfig) -> TransformerConfig:
     """The same model with a single block of each kind that it has."""
     if isinstance(config, PartitionTransformerConfig):
         encoder, decoder = min(1, config.num_encoder_blocks), min(1, config.num_decoder_blocks)
@@ -90,33 +95,48 @@ class ExampleBatch:
     sequences: int
     device: torch.device
 
-    def model_arguments(self, config: ModelConfig) -> tuple[Any, ...]:
+    def model_arguments(self, config: TransformerConfig) -> tuple[Any, ...]:
         """What the model is called with, before `readout` and `received`."""
         tokens_BL = torch.zeros(self.sequences, self.length, dtype=torch.long, device=self.device)
         if isinstance(config, PartitionTransformerConfig):
-            return (self._partition(tokens_BL),)
+            return (self._partition(config),)
         if isinstance(config, DiffusionTransformerConfig):
             return tokens_BL, torch.zeros(self.sequences, device=self.device)
+        if isinstance(config, MaskGITTransformerConfig):
+            return tokens_BL, tokens_BL[:, 0]
         return (tokens_BL,)
 
-    def _partition(self, tokens_BL: Tensor) -> PartitionInputs:
-        first = round(EXPECTED_GROUP_SHARE * self.length)
-        sizes = (first, self.length - first)
-        positions_T = torch.arange(self.length, device=self.device).repeat(self.sequences)
-        keys, queries = (Segments.of(pair * self.sequences, self.device) for pair in (sizes, sizes[::-1]))
-        return PartitionInputs(tokens_BL.flatten(), positions_T, keys, positions_T, queries)
+    def _partition(self, config: PartitionTransformerConfig) -> PartitionInputs:
+        keys, queries = (stream_rows(config, kind, self.length) for kind in ("group_swap", "output"))
+        first = round(EXPECTED_GROUP_SHARE * queries)
+        first_keys = first + (keys - queries) // 2  # of images, there are registers and BOS besides
+        positions_T, positions_Q = (
+            torch.arange(rows, device=self.device).repeat(self.sequences) for rows in (keys, queries)
+        )
+        return PartitionInputs(
+            torch.zeros_like(positions_T),
+            positions_T,
+            Segments.of((first_keys, keys - first_keys) * self.sequences, self.device),
+            positions_Q,
+            Segments.of((queries - first, first) * self.sequences, self.device),
+            positions_Q.new_zeros(self.sequences) if config.num_classes else None,
+        )
 
-    def readout(self, config: ModelConfig) -> TokenNLL:
+    def readout(self, config: TransformerConfig) -> TokenNLL:
         """The NLL of each token, as the objectives ask for it."""
-        is_packed = isinstance(config, PartitionTransformerConfig)
-        shape = (self.sequences * self.length,) if is_packed else (self.sequences, self.length)
+        per_sequence = stream_rows(config, "output", self.length)
+        shape: tuple[int, ...] = (self.sequences, per_sequence)
+        if isinstance(config, PartitionTransformerConfig):
+            shape = (self.sequences * per_sequence,)
+        if isinstance(config, MaskGITTransformerConfig):
+            shape = (self.sequences, self.length - 1)  # codes, without the registers
         targets = torch.zeros(shape, dtype=torch.long, device=self.device)
         return TokenNLL(targets, self.vocab_size - 1, torch.ones(shape, device=self.device))
 
 
 def stage_forward(
     stage: Any,
-    config: ModelConfig,
+    config: TransformerConfig,
     first_unit: int,
     batch: ExampleBatch,
     dtype: torch.dtype,

@@ -14,10 +14,15 @@ from pgm_scale.config import (
     ComplementaryMDLMObjectiveConfig,
     D3PMObjectiveConfig,
     DiffusionTransformerConfig,
-    ModelConfig,
+    MaskGITTransformerConfig,
     RunConfig,
+    TransformerConfig,
+    VQModelConfig,
 )
+from pgm_scale.errors import UserError
+from pgm_scale.models.maskgit import feed_forward_size
 from pgm_scale.models.stages import unit_kinds
+from pgm_scale.parallel.layout import shared_tokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Workload:
         rows_per_sequence: sequences that the model sees for each one of the batch.
     """
 
-    model: ModelConfig
+    model: TransformerConfig
     vocab_size: int
     length: int
     rows_per_sequence: int
@@ -39,7 +44,15 @@ class Workload:
 
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int, length: int) -> Workload:
-        """`length` is that of the data's rows."""
+        """`length` is that of the data's rows.
+
+        Raises:
+            UserError: the model is not a transformer.
+        """
+        if isinstance(config.model, VQModelConfig):
+            raise UserError(
+                "model.kind vq: only transformers are planned; a VQ model is small and trains data-parallel only"
+            )
         objective = config.objective
         # A mask and its complement; or what the noise has left and what it has not touched.
         doubles = isinstance(objective, ComplementaryMDLMObjectiveConfig) or (
@@ -128,15 +141,19 @@ def possible_layouts(workload: Workload, gpus: int, gpus_per_node: int) -> Itera
 def _sharings(workload: Workload, gpus: int, gpus_per_node: int) -> Iterator[Sharing]:
     model = workload.model
     needs_whole_sequences = isinstance(model, DiffusionTransformerConfig) and model.time_conditioned
-    for tensor in _divisors(gcd(gpus, gpus_per_node, model.num_heads)):
+    splits = gcd(gpus, gpus_per_node, model.num_heads)
+    if isinstance(model, MaskGITTransformerConfig):
+        splits = gcd(splits, feed_forward_size(model.hidden_size))
+    for tensor in _divisors(splits):
         yield Sharing(tensor, False)
         if tensor > 1 and not needs_whole_sequences:
             yield Sharing(tensor, True)
 
 
 def _tokens_divide(workload: Workload, sharing: Sharing, sequences: int) -> bool:
-    tokens = sequences * workload.rows_per_sequence * workload.length
-    return not sharing.sequence_parallel or tokens % sharing.tensor == 0
+    rows = sequences * workload.rows_per_sequence
+    tokens = [rows * each for each in shared_tokens(workload.model, workload.length)]
+    return not sharing.sequence_parallel or not any(number % sharing.tensor for number in tokens)
 
 
 def _zero_stages(workload: Workload, pipeline: int) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ def pretended_rank(parallel: ParallelConfig, world_size: int, rank: int = 0) -> 
 def _as_on_a_gpu() -> Iterator[None]:
     """Megatron's "current GPU" is the meta device, and torch picks the kernels that a GPU would run.
 
-    On the meta device torch composes dropout and attention of small operations, which keep other tensors.
+    On the meta device torch composes dropout, RMS norm and attention of small operations, which keep other tensors.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # misses CUDA's runtime
     with (
@@ -53,6 +53,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         mock.patch("torch.is_autocast_enabled", return_value=False),  # refuses the name of the meta device
         mock.patch.object(PositionTable, "fill", _fill_nothing),
         mock.patch("torch.nn.functional.dropout", _dropout),
+        mock.patch("torch.nn.functional.rms_norm", _rms_norm),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash_attention),
         mock.patch.dict(os.environ, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),  # or Megatron advises it
         warnings.catch_warnings(action="ignore"),
@@ -70,6 +71,26 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
+def _rms_norm(x: torch.Tensor, normalized_shape: Any, weight: None = None, eps: float = 0.0) -> torch.Tensor:
+    assert weight is None
+    return _FusedRMSNorm.apply(x)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """One kernel each way, which reads and writes as much as a product, and keeps the input and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        factors = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        ctx.save_for_backward(x, factors)
+        return x * x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, d_y: torch.Tensor) -> torch.Tensor:
+        x, _ = ctx.saved_tensors
+        return d_y * x
+
+
 def _flash_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -78,5 +99,5 @@ def _flash_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """A mask changes no shape, so it is dropped; no model drops attention out."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    """A mask changes no shape, so it is dropped."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pgm_scale.models.stages import Span, spans, unit_kinds
+from pgm_scale.models.stages import Span, spans, stream_rows, unit_kinds
 from pgm_scale.parallel.stages import split_units
 from pgm_scale.planning.cluster import Hardware
 from pgm_scale.planning.layouts import Layout, Sharing, Workload
@@ -95,30 +95,33 @@ class StageCosts:
     def _stage(self, span: Span, rows: int, in_flight: int) -> Stage:
         kinds = self.kinds[span.first : span.last]
         load, work_bytes = self._sum(kinds, rows)
-        received, sent = self._stream_bytes(span.first, rows), self._stream_bytes(span.last, rows)
-        one_stream = self._one_stream_bytes(rows)
-        second_gradients = max(0.0, received - one_stream) + max(0.0, sent - one_stream)
+        (received, received_beside), (sent, sent_beside) = (
+            self._stream_bytes(unit, rows) for unit in (span.first, span.last)
+        )
         own = sum((self.costs.parameters[kind] for kind in kinds), ())
         return Stage(
             kinds,
             own + self.costs.shared_parameters,
             load,
-            received,
-            sent,
-            held_bytes=received + load.held_bytes - (one_stream if sent else 0),
-            work_bytes=work_bytes + second_gradients,
+            received + received_beside,
+            sent + sent_beside,
+            held_bytes=received + received_beside + load.held_bytes - sent,
+            work_bytes=work_bytes + received_beside + sent_beside,  # the gradients of the second streams
             in_flight=in_flight,
         )
 
-    def _stream_bytes(self, unit: int, rows: int) -> float:
-        """What passes into a unit between stages: the decoder's blocks read two streams."""
+    def _stream_bytes(self, unit: int, rows: int) -> tuple[float, float]:
+        """Of the stream that passes into a unit between stages, and of the encoder's beside it, for the decoder."""
         if not 0 < unit < len(self.kinds):
-            return 0.0
-        return self._one_stream_bytes(rows) * (2 if self.kinds[unit] == "decoder_block" else 1)
+            return 0.0, 0.0
+        kind = self.kinds[unit]
+        beside = self._bytes_into("group_swap", rows) if kind == "decoder_block" else 0.0
+        return self._bytes_into(kind, rows) - beside, beside
 
-    def _one_stream_bytes(self, rows: int) -> float:
+    def _bytes_into(self, kind: str, rows: int) -> float:
         workload, ranks = self.workload, self.sharing.tensor if self.sharing.sequence_parallel else 1
-        return rows * workload.length * workload.model.hidden_size * workload.dtype.itemsize / ranks
+        streamed = rows * stream_rows(workload.model, kind, workload.length)
+        return streamed * workload.model.hidden_size * workload.dtype.itemsize / ranks
 
     def _sum(self, kinds: tuple[str, ...], rows: int) -> tuple[Load, float]:
         """The units' load, and the most that is alive beyond all that is held.

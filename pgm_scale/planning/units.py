@@ -15,14 +15,17 @@ from torch import nn
 
 from pgm_scale.config import (
     AutoregressiveTransformerConfig,
-    ModelConfig,
+    MaskGITTransformerConfig,
     ParallelConfig,
     PartitionTransformerConfig,
+    TransformerConfig,
 )
 from pgm_scale.models.chunked_nll import chunk_rows
+from pgm_scale.models.flops import partition_sizes
 from pgm_scale.models.layers import LayerBuilder
-from pgm_scale.models.stages import Span, is_shared, unit_kinds
+from pgm_scale.models.stages import Span, is_shared, stream_rows, unit_kinds
 from pgm_scale.parallel.construction import build_part, layer_builder
+from pgm_scale.parallel.layout import shared_tokens
 from pgm_scale.parallel.unit_costs import ExampleBatch, backward, stage_forward
 from pgm_scale.planning.cluster import Hardware
 from pgm_scale.planning.layouts import Sharing, Workload
@@ -94,12 +97,15 @@ def unit_costs(workload: Workload, sharing: Sharing, hardware: Hardware) -> tupl
         return kept, replace(kept, by_kind=by_kind | recomputed)
 
 
-def keys_per_query(model: ModelConfig, kind: str, length: int) -> float:
+def keys_per_query(model: TransformerConfig, kind: str, length: int) -> float:
     """Keys that a query attends to in a unit of this kind, on average, as `models.flops` counts them."""
     if isinstance(model, PartitionTransformerConfig):
-        return (2 * length + 1) / 3 if kind == "encoder_block" else (length - 1) / 3
+        sizes = partition_sizes(model, length)
+        return sizes.own_keys if kind == "encoder_block" else sizes.other_keys
     if isinstance(model, AutoregressiveTransformerConfig):
         return (length + 1) / 2
+    if isinstance(model, MaskGITTransformerConfig):
+        return float(stream_rows(model, kind, length))
     return float(length)
 
 
@@ -107,7 +113,7 @@ def _is_block(kind: str) -> bool:
     return kind.endswith("block")
 
 
-def _two_of_each_block(model: ModelConfig) -> ModelConfig:
+def _two_of_each_block(model: TransformerConfig) -> TransformerConfig:
     if isinstance(model, PartitionTransformerConfig):
         return replace(model, num_encoder_blocks=2, num_decoder_blocks=2)
     return replace(model, num_blocks=2)
@@ -181,16 +187,18 @@ class _Probe:
         return Curve(tuple((sequences, footprint(sequences)) for sequences in self._sizes()))
 
     def _sizes(self) -> list[int]:
-        """Micro-batches to trace: the least, those around a full chunk of logits, and many.
+        """Micro-batches to trace: the least, those around a full chunk of logits, two full ones, and many.
 
         A peak is the larger of what grows with the batch and what does not (the gradient of a weight): the
-        straight line through two sizes is not below it between them. What stops growing has a size of its own.
+        straight line through two sizes is not below it between them. What stops growing has a size of its own:
+        logits are alive while those of the next chunk are made.
         """
         workload, tensor = self.workload, self.sharing.tensor
-        least = (
-            1 if workload.length % tensor == 0 else tensor
-        )  # sequence parallelism shares the tokens evenly
+        # Sequence parallelism shares the tokens evenly.
+        divides = not any(n % tensor for n in shared_tokens(workload.model, workload.length))
+        least = 1 if divides else tensor
         many = _MANY * least
         rows = chunk_rows(-(-workload.vocab_size // tensor), "cuda")
-        below = min(rows // (least * workload.length) * least, many)
-        return sorted({least, max(below, least), below + least, 2 * many})
+        predicted = least * stream_rows(workload.model, "output", workload.length)
+        below, two = (min(chunks * rows // predicted * least, many) for chunks in (1, 2))
+        return sorted({least, max(below, least), below + least, max(two, least), 2 * many})

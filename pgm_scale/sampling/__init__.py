@@ -1,7 +1,8 @@
 """Generation: one call, `sample`, for every model, prompt and infilling.
 
 `known_BL` says which tokens are given (-1: generate this one), so that unconditional sampling (only BOS at
-position 0 is known), prompting (a prefix is known) and infilling (anything is known) are the same call.
+position 0 is known), prompting (a prefix is known) and infilling (anything is known) are the same call; of text and
+of images, whose tokens are BOS and the codes of a grid.
 
 A batch goes `sample` -> a sampler from `SAMPLERS` -> `decode.decode` (the shared loop; a plan says at which
 step each position is decoded) -> the model -> `categorical.TokenDraw` (its readout, which draws the tokens).
@@ -25,28 +26,36 @@ from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.errors import UserError
 from pgm_scale.models.autoregressive import AutoregressiveTransformer
 from pgm_scale.models.dit import DiffusionTransformer
+from pgm_scale.models.maskgit import MaskGITTransformer
 from pgm_scale.models.partition_transformer import PartitionTransformer
 from pgm_scale.sampling.analytic import sample_analytic
 from pgm_scale.sampling.ancestral import sample_ancestral, sample_ancestral_cached
 from pgm_scale.sampling.autoregressive import sample_autoregressive
 from pgm_scale.sampling.batch import Sampler, SamplingBatch
+from pgm_scale.sampling.codes import check_quirks
+from pgm_scale.sampling.confidence import sample_confidence
 from pgm_scale.sampling.engine import batch_sampler
+from pgm_scale.sampling.halton import sample_halton
 from pgm_scale.sampling.pgm_naive import sample_naive
 from pgm_scale.sampling.pgm_non_uniform import sample_non_uniform
 from pgm_scale.sampling.pgm_uniform import sample_uniform
 
 UNKNOWN = -1
 
-# `sampler.kind`: the model it samples from, and how. A model's first kind is its usual one.
-SAMPLERS: dict[str, tuple[type[nn.Module], Sampler]] = {
-    "pgm_uniform": (PartitionTransformer, sample_uniform),
-    "pgm_non_uniform": (PartitionTransformer, sample_non_uniform),
-    "pgm_naive": (PartitionTransformer, sample_naive),
-    "ancestral_cached": (DiffusionTransformer, sample_ancestral_cached),
-    "ancestral": (DiffusionTransformer, sample_ancestral),
-    "analytic": (DiffusionTransformer, sample_analytic),
-    "autoregressive": (AutoregressiveTransformer, sample_autoregressive),
+# `sampler.kind`: the models it samples from, and how. The first one that fits a model is its usual one.
+SAMPLERS: dict[str, tuple[tuple[type[nn.Module], ...], Sampler]] = {
+    "halton": ((PartitionTransformer, MaskGITTransformer), sample_halton),
+    "confidence": ((PartitionTransformer, MaskGITTransformer), sample_confidence),
+    "pgm_uniform": ((PartitionTransformer,), sample_uniform),
+    "pgm_non_uniform": ((PartitionTransformer,), sample_non_uniform),
+    "pgm_naive": ((PartitionTransformer,), sample_naive),
+    "ancestral_cached": ((DiffusionTransformer,), sample_ancestral_cached),
+    "ancestral": ((DiffusionTransformer,), sample_ancestral),
+    "analytic": ((DiffusionTransformer,), sample_analytic),
+    "autoregressive": ((AutoregressiveTransformer,), sample_autoregressive),
 }
+# These need classes, and alone have guidance, a warm-up of the temperature, and quirks.
+IMAGE_KINDS = ("halton", "confidence")
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ def sample(
     seed: int,
     batch_sequences: int,
     first_sample_number: int = 0,
+    labels_B: np.ndarray | None = None,
     device: torch.device | str,
 ) -> SampleResult:
     """Generate every unknown token of `known_BL`, `batch_sequences` rows at a time.
@@ -88,6 +98,8 @@ def sample(
         model: on `device`; put into eval mode for the call (no dropout) and given back as it was.
         length: L, the number of positions of a row.
         known_BL: int64 [B, L]; -1 where a token is to be generated.
+        labels_B: int64 [B], the class of each row for a class-conditional model (its `num_classes` stands for
+            no class); None for others.
 
     Raises:
         UserError: the sampler does not fit the model, a value is out of range, or logits are not finite.
@@ -96,6 +108,8 @@ def sample(
     device = torch.device(device)
     _check_model(model, vocabulary, length)
     _check_request(vocabulary, length, config, known_BL, batch_sequences)
+    _check_labels(model, labels_B, known_BL, vocabulary.bos_id)
+    _check_image_settings(config, model)
     finished: list[np.ndarray] = []
     forward_passes = 0
     started_s = time.perf_counter()
@@ -104,7 +118,10 @@ def sample(
         for start in range(0, len(known_BL), batch_sequences):
             known_bL = known_BL[start : start + batch_sequences].astype(np.int64)
             numbers_b = first_sample_number + start + np.arange(len(known_bL))
-            batch = SamplingBatch(known_bL, numbers_b, seed, vocabulary, config, device)
+            labels_b = (
+                None if labels_B is None else labels_B[start : start + batch_sequences].astype(np.int64)
+            )
+            batch = SamplingBatch(known_bL, numbers_b, seed, vocabulary, config, device, labels_b)
             tokens_bL, passes = generate(batch)
             finished.append(_checked(tokens_bL.cpu().numpy(), vocabulary.mask_id))
             forward_passes += passes
@@ -114,11 +131,30 @@ def sample(
 
 
 def fitting_sampler(config: SamplerConfig, model: nn.Module) -> SamplerConfig:
-    """`config`, or, when its kind is for another model, the same settings with the first kind that fits."""
-    if isinstance(model, SAMPLERS[config.kind][0]):
+    """`config`, or, when its kind is for another model, the same settings with the model's usual kind.
+
+    Images are sampled by Halton or confidence unless `sample` is asked otherwise: the default kind is for text.
+    """
+    kinds = sampler_kinds(model)
+    if class_count(model):
+        kinds = [kind for kind in kinds if kind in IMAGE_KINDS]
+    if config.kind in kinds or not kinds:
         return config
-    kinds = [kind for kind, (needed, _) in SAMPLERS.items() if isinstance(model, needed)]
     return replace(config, kind=kinds[0])  # type: ignore[arg-type]
+
+
+def sampler_kinds(model: nn.Module) -> list[str]:
+    """The kinds of samplers that fit a model, its usual one first."""
+    return [
+        kind
+        for kind, (models, _) in SAMPLERS.items()
+        if isinstance(model, models) and (class_count(model) or kind not in IMAGE_KINDS)
+    ]
+
+
+def class_count(model: Any) -> int:
+    """The number of classes that a model is conditioned on; 0 for a model without classes."""
+    return getattr(getattr(model, "config", None), "num_classes", 0)
 
 
 def known_prefixes(prompts: Sequence[Sequence[int]], length: int, bos_id: int) -> np.ndarray:
@@ -138,14 +174,14 @@ def known_prefixes(prompts: Sequence[Sequence[int]], length: int, bos_id: int) -
 
 
 def _sampler_for(kind: str, model: nn.Module) -> Sampler:
-    needed, sampler = SAMPLERS[kind]
-    if not isinstance(model, needed):
-        fitting = [k for k, (model_type, _) in SAMPLERS.items() if isinstance(model, model_type)]
+    fitting = sampler_kinds(model)
+    if kind not in fitting:
+        classes = "with" if class_count(model) else "without"
         raise UserError(
-            f"sampler.kind {kind} needs a {needed.__name__}, but the model is a {type(model).__name__}; "
+            f"sampler.kind {kind} does not fit the model, a {type(model).__name__} {classes} classes; "
             f"{'choose one of ' + ', '.join(fitting) if fitting else 'no sampler fits it'}"
         )
-    return sampler
+    return SAMPLERS[kind][1]
 
 
 def _check_model(model: Any, vocabulary: Vocabulary, length: int) -> None:
@@ -179,6 +215,42 @@ def _check_request(
     if config.steps < 1 or batch_sequences < 1:
         raise UserError(
             f"sampler.steps {config.steps} and the batch size {batch_sequences} must both be at least 1"
+        )
+
+
+def _check_image_settings(config: SamplerConfig, model: nn.Module) -> None:
+    if config.kind in IMAGE_KINDS:
+        check_quirks(config, model)
+        return
+    for name, off in (("guidance", 0.0), ("temperature_warmup_steps", 0), ("quirks", ())):
+        if getattr(config, name) != off:
+            raise UserError(
+                f"sampler.{name} needs kind {' or '.join(IMAGE_KINDS)}, not {config.kind}; leave it at {off}"
+            )
+
+
+def _check_labels(model: nn.Module, labels_B: np.ndarray | None, known_BL: np.ndarray, bos_id: int) -> None:
+    classes, rows = class_count(model), len(known_BL)
+    if labels_B is None and not classes:
+        return
+    if labels_B is None:
+        raise UserError(
+            f"the model needs the class of each row; give labels, 0 to {classes - 1}, or {classes} for none"
+        )
+    if not classes:
+        raise UserError("labels are given, but the model has no classes; leave them out")
+    if labels_B.shape != (rows,) or not np.issubdtype(labels_B.dtype, np.integer):
+        raise UserError(
+            f"labels are {labels_B.dtype} of shape {labels_B.shape}; give one whole number for each of {rows} rows"
+        )
+    if labels_B.min() < 0 or labels_B.max() > classes:
+        raise UserError(
+            f"labels reach from {labels_B.min()} to {labels_B.max()}; the model has classes 0 to {classes - 1}, "
+            f"and {classes} stands for none"
+        )
+    if (known_BL[:, 0] != bos_id).any():
+        raise UserError(
+            f"rows of an image model start with BOS, {bos_id}; put it into column 0 of all known tokens"
         )
 
 

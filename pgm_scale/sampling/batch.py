@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class SamplingBatch:
         known_BL: int64 token ids, -1 where a token is to be generated.
         sample_numbers_B: int64; with the seed they key every random draw of a row, so that its text does not
             depend on the rows beside it.
+        labels_B: int64 class of each row, `num_classes` for none; None for models without classes.
     """
 
     known_BL: np.ndarray
@@ -31,6 +32,7 @@ class SamplingBatch:
     vocabulary: Vocabulary
     config: SamplerConfig
     device: torch.device
+    labels_B: np.ndarray | None = None
 
     @property
     def unknown_BL(self) -> np.ndarray:
@@ -39,7 +41,14 @@ class SamplingBatch:
 
     @property
     def rules(self) -> TokenRules:
-        return TokenRules.of(self.config, self.vocabulary.mask_id)
+        """What may be drawn: not the mask, and in an image not BOS either (FACTS 2.3)."""
+        mask_id, bos_id = self.vocabulary.mask_id, self.vocabulary.bos_id
+        return TokenRules.of(self.config, (mask_id,) if self.labels_B is None else (mask_id, bos_id))
+
+    def rules_at(self, step: int) -> TokenRules:
+        """`rules`, with twice the temperature in the first `sampler.temperature_warmup_steps`."""
+        is_warm = step < self.config.temperature_warmup_steps
+        return replace(self.rules, temperature=2 * self.config.temperature) if is_warm else self.rules
 
     def uniforms_BL(self, purpose: str) -> np.ndarray:
         """float64 [B, L] in [0, 1): a function of (seed, sample number, purpose, position) alone."""

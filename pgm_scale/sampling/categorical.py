@@ -7,6 +7,7 @@ needs one uniform a token where an exponential race needs V of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,15 +27,19 @@ _CHUNK_QUERIES = 256
 class TokenRules:
     """What may be drawn, in order of application.
 
-    The mask's own logit goes first, so it never takes part in the nucleus; then the temperature divides the
+    The tokens that are never drawn go first, so they take no part in the nucleus; then the temperature divides the
     logits, `top_k` keeps the k likeliest tokens (0 is off; ties with the k-th stay), and `top_p` keeps the
     likeliest tokens up to and including the one whose cumulative probability crosses p.
+
+    Attributes:
+        excluded_ids: the tokens that are never drawn: the mask, then others, which may lie beyond the logits (the
+            MaskGIT transformer has no BOS).
 
     Raises:
         UserError: a value outside its range.
     """
 
-    mask_id: int
+    excluded_ids: tuple[int, ...]
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -50,18 +55,23 @@ class TokenRules:
             raise UserError(f"sampler.top_k {self.top_k} must not be negative; 0 turns it off")
 
     @classmethod
-    def of(cls, config: SamplerConfig, mask_id: int) -> TokenRules:
-        return cls(mask_id, config.temperature, config.top_p, config.top_k)
+    def of(cls, config: SamplerConfig, excluded_ids: tuple[int, ...]) -> TokenRules:
+        return cls(excluded_ids, config.temperature, config.top_p, config.top_k)
+
+    @property
+    def mask_id(self) -> int:
+        return self.excluded_ids[0]
 
     def __call__(self, logits_QV: torch.Tensor) -> torch.Tensor:
         """Weights [Q, V] proportional to the probability of each token, in the logits' dtype.
 
-        NaN in a row whose logits, but for the mask's, are all -inf, or hold a NaN or +inf.
+        NaN in a row whose logits, but for those excluded, are all -inf, or hold a NaN or +inf.
 
         Args:
             logits_QV: may be overwritten.
         """
-        logits_QV[:, self.mask_id] = -torch.inf
+        for token in self.excluded_ids:
+            logits_QV[:, token : token + 1] = -torch.inf
         if self.temperature != 1:
             logits_QV.div_(self.temperature)
         if 0 < self.top_k < logits_QV.shape[-1]:
@@ -89,6 +99,10 @@ class TokenWeights(Protocol):
     def __call__(self, logits_QV: torch.Tensor) -> torch.Tensor: ...
 
 
+# Token ids int64 [Q], and the weights [Q, V] they were drawn with.
+_Drawn = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class TokenDraw:
     """A model readout that draws one token for each selected hidden state.
@@ -109,19 +123,38 @@ class TokenDraw:
     rows_Q: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor, output_linear: OutputLinear) -> torch.Tensor:
+        return torch.cat([tokens_c for tokens_c, _ in self._chunks(hidden, output_linear)])
+
+    def _chunks(self, hidden: torch.Tensor, output_linear: OutputLinear) -> Iterator[_Drawn]:
         hidden_QH = hidden.flatten(0, -2)
         if self.rows_Q is not None:
             hidden_QH = hidden_QH[self.rows_Q]
-        drawn = [
-            self._tokens(output_linear(hidden_cH), uniforms_c)
-            for hidden_cH, uniforms_c in zip(
-                hidden_QH.split(_CHUNK_QUERIES), self.uniforms_Q.split(_CHUNK_QUERIES), strict=True
-            )
-        ]
-        return torch.cat(drawn)
+        for hidden_cH, uniforms_c in zip(
+            hidden_QH.split(_CHUNK_QUERIES), self.uniforms_Q.split(_CHUNK_QUERIES), strict=True
+        ):
+            yield self._drawn(self.weights(output_linear(hidden_cH)), uniforms_c)
 
-    def _tokens(self, logits_QV: torch.Tensor, uniforms_Q: torch.Tensor) -> torch.Tensor:
-        weights_QV = self.weights(logits_QV)
+    def _drawn(self, weights_QV: torch.Tensor, uniforms_Q: torch.Tensor) -> _Drawn:
         tokens_Q = inverse_cdf(weights_QV, uniforms_Q)
         is_possible_Q = weights_QV.gather(1, tokens_Q[:, None])[:, 0] > 0
-        return torch.where(is_possible_Q, tokens_Q, self.weights.mask_id)
+        return torch.where(is_possible_Q, tokens_Q, self.weights.mask_id), weights_QV
+
+
+class ScoredTokenDraw(TokenDraw):
+    """A `TokenDraw` that also says how likely its tokens were: float64 [2, Q], ids and log-probabilities.
+
+    One tensor, because a pipeline's last stage passes on one; float64 holds ids and fp32 numbers exactly. The
+    log-probability is that of the draw: under the temperature, top-k and nucleus.
+    """
+
+    def __call__(self, hidden: torch.Tensor, output_linear: OutputLinear) -> torch.Tensor:
+        scored = [
+            torch.stack([tokens_c.double(), _log_probabilities(weights_cV, tokens_c).double()])
+            for tokens_c, weights_cV in self._chunks(hidden, output_linear)
+        ]
+        return torch.cat(scored, dim=1)
+
+
+def _log_probabilities(weights_QV: torch.Tensor, tokens_Q: torch.Tensor) -> torch.Tensor:
+    """fp32 [Q] of tokens drawn with these weights."""
+    return weights_QV.gather(1, tokens_Q[:, None])[:, 0].log() - weights_QV.sum(dim=-1).log()

@@ -2,76 +2,73 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
-from pgm_scale.run_folder import LoadedRun, load_run
-from pgm_scale.sampling import SAMPLERS, UNKNOWN, SampleResult, fitting_sampler, known_prefixes, sample
-from pgm_scale.sampling.output import OutputFormat, load_tokenizer, render_samples, write_samples
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """At most one of `prompts`, `template` and `known_path`; None elsewhere means the run's own setting."""
-
-    prompts: list[str] | None = None
-    template: str | None = None
-    known_path: str | None = None
-    count: int = 1
-    kind: str | None = None
-    steps: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int = 1
-    batch_sequences: int = 32
-    output_format: OutputFormat = "text"
-    output_path: str | None = None
-    weights: Literal["ema", "weight"] = "ema"
+from pgm_scale.run_folder import LoadedRun, RunFolder, load_run
+from pgm_scale.sampling import SAMPLERS, SampleResult, fitting_sampler, sample
+from pgm_scale.sampling.request import SampleRequest, refuse_options
+from pgm_scale.sampling.run_images import ImageJob
+from pgm_scale.sampling.run_text import TextJob
 
 
 def sample_run(folder: str, request: SampleRequest) -> SampleResult:
     """Generate from a run's newest good checkpoint, print or write the samples, and say how fast it was."""
-    if request.output_format == "npy" and request.output_path is None:
-        raise UserError("npy samples cannot be printed; add --out FILE")
+    job_type = _job_type(folder, request)
+    job_type.check(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(folder, weights=request.weights, device=device)
-    tokenizer = load_tokenizer(run.tokenizer_path)
+    config = _sampler(run, request)
+    job = job_type(run, request, device)
+    known_BL, labels_B = job.inputs(None if request.known_path is None else _known_tokens(request.known_path))
     result = sample(
         run.model,
         run.identity.vocabulary,
         run.identity.length_tokens,
-        _sampler(run, request),
-        known_BL=_known(run, tokenizer, request),
+        config,
+        known_BL=known_BL,
+        labels_B=labels_B,
         seed=request.seed,
         batch_sequences=request.batch_sequences,
         device=device,
     )
-    if request.output_path:
-        write_samples(Path(request.output_path), result.tokens_BL, request.output_format, tokenizer)
-    else:
-        sys.stdout.write(render_samples(result.tokens_BL, request.output_format, tokenizer).decode())
+    job.write(result.tokens_BL)
+    samples = len(result.tokens_BL)
     print(
-        f"{len(result.tokens_BL)} sample(s) from step {run.step} ({run.weights} weights): "
-        f"{result.tokens_per_second:,.0f} tokens/s, {result.forward_passes} forward passes",
+        f"{samples} sample(s) from step {run.step} ({run.weights} weights): "
+        f"{result.tokens_per_second:,.0f} tokens/s, {samples / result.elapsed_s:,.2f} samples/s, "
+        f"{result.forward_passes} forward passes",
         file=sys.stderr,
     )
     return result
 
 
 def print_kinds() -> None:
-    for kind, (model, sampler) in SAMPLERS.items():
+    for kind, (models, sampler) in SAMPLERS.items():
         summary = (sampler.__doc__ or "").strip().splitlines()[0]
-        print(f"{kind:18} {model.__name__:26} {summary}")
+        print(f"{kind:18} {' or '.join(model.__name__ for model in models):42} {summary}")
+
+
+def _job_type(folder: str, request: SampleRequest) -> type[TextJob] | type[ImageJob]:
+    """By what the run was trained on; options for the other kind of run are refused."""
+    run_folder = RunFolder(folder)
+    run_folder.config()  # which says it best, if this is no run
+    images = run_folder.identity().images
+    if images is None:
+        refuse_options(request.images, folder, "text")
+        return TextJob
+    if images.tokens != "codes":
+        raise UserError(
+            f"{folder} is the run of a VQ tokenizer, which has no sampler; give a run trained on codes"
+        )
+    refuse_options(request.text, folder, "images")
+    return ImageJob
 
 
 def _sampler(run: LoadedRun, request: SampleRequest) -> SamplerConfig:
@@ -80,45 +77,22 @@ def _sampler(run: LoadedRun, request: SampleRequest) -> SamplerConfig:
         if request.kind not in SAMPLERS:
             raise UserError(f"--sampler {request.kind} is not one of {', '.join(SAMPLERS)}")
         config = replace(config, kind=request.kind)  # type: ignore[arg-type]
-    names = ("steps", "temperature", "top_p", "top_k")
-    given: dict[str, Any] = {name: getattr(request, name) for name in names}
+    given: dict[str, Any] = {
+        "steps": request.steps,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "guidance": request.images.guidance,
+        "guidance_schedule": request.images.guidance_schedule,
+    }
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
-def _known(run: LoadedRun, tokenizer: Tokenizer, request: SampleRequest) -> np.ndarray:
-    length, bos_id = run.identity.length_tokens, run.identity.vocabulary.bos_id
-    if request.known_path:
-        try:
-            known_BL = np.load(request.known_path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {request.known_path}: {error}; give an int array in .npy") from None
-        if not isinstance(known_BL, np.ndarray) or not np.issubdtype(known_BL.dtype, np.integer):
-            raise UserError(
-                f"{request.known_path} does not hold one array of integers (-1 where to generate)"
-            )
-    elif request.template:
-        known_BL = known_template(request.template, tokenizer, length, bos_id)
-    else:
-        texts = request.prompts or [""]
-        prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        known_BL = known_prefixes(prompts, length, bos_id)
-    return np.repeat(known_BL, request.count, axis=0)
-
-
-def known_template(template: str, tokenizer: Tokenizer, length: int, bos_id: int) -> np.ndarray:
-    """`known_BL` [1, length] of a text in which {N} stands for N unknown tokens; what follows it is unknown.
-
-    Raises:
-        UserError: the text and its gaps are longer than the model.
-    """
-    tokens = [bos_id]
-    for index, piece in enumerate(re.split(r"\{(\d+)\}", template)):
-        if index % 2:
-            tokens += [UNKNOWN] * min(int(piece[:12]), length + 1)  # too many is told below
-        else:
-            tokens += tokenizer.encode(piece, add_special_tokens=False).ids
-    if len(tokens) > length:
-        raise UserError(
-            f"the template takes {len(tokens)} tokens with BOS, the model holds {length}; shorten it"
-        )
-    return np.array([tokens + [UNKNOWN] * (length - len(tokens))], np.int64)
+def _known_tokens(path: str) -> np.ndarray:
+    try:
+        known_BL = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; give an int array in .npy") from None
+    if not isinstance(known_BL, np.ndarray) or not np.issubdtype(known_BL.dtype, np.integer):
+        raise UserError(f"{path} does not hold one array of integers (-1 where to generate)")
+    return known_BL

@@ -14,13 +14,18 @@ import torch
 from pgm_scale.checkpoint.lock import RunLock
 from pgm_scale.checkpoint.peers import Peers
 from pgm_scale.checkpoint.store import CheckpointStore
-from pgm_scale.config import RunConfig
+from pgm_scale.config import RunConfig, VQModelConfig
 from pgm_scale.data.loader import BatchStream, TokenLoader
 from pgm_scale.data.order import BatchPlan, GlobalOrder
 from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import NonFiniteError, Preempted, UserError
 from pgm_scale.evaluation.time_buckets import TimeBuckets
-from pgm_scale.evaluation.validation import validate, validation_loader
+from pgm_scale.evaluation.validation import (
+    validate,
+    validation_loader,
+    validation_metrics,
+    validation_summary,
+)
 from pgm_scale.files import finite
 from pgm_scale.models.flops import forward_flops_per_token
 from pgm_scale.models.stages import unit_kinds
@@ -35,6 +40,8 @@ from pgm_scale.parallel.unit_costs import measure_unit_costs
 from pgm_scale.run_folder import RunFolder, RunIdentity
 from pgm_scale.training import metrics
 from pgm_scale.training.checkpointing import Checkpointer
+from pgm_scale.training.codebook_usage import CodebookUsage, usage_metrics
+from pgm_scale.training.content import content_problems
 from pgm_scale.training.ema import ExponentialMovingAverage
 from pgm_scale.training.samples import write_validation_samples
 from pgm_scale.training.signals import StopFlag
@@ -57,6 +64,7 @@ def train(config: RunConfig, launch: Launch) -> None:
     splits = open_splits(config.data.train, config.data.validation, config.data.cache_folder, problems)
     if splits:
         problems += length_problems(config, splits[0].manifest.length_tokens)
+        problems += content_problems(config, splits[0].manifest)
     if problems:
         raise UserError("cannot train:\n  " + "\n  ".join(problems))
     train_split, validation_split = splits
@@ -109,7 +117,7 @@ class TrainingRun:
         self.config, self.mesh, self.folder, self.identity = config, mesh, folder, identity
         self.train_split, self.lock = train_split, lock
         self.store = store
-        self.objective = build_objective(config.objective, identity.vocabulary)
+        self.objective = build_objective(config.objective, identity.vocabulary, config.model)
         self.stage_units = self._stage_units()
         self.engine = Engine.build(
             config, identity.vocabulary.size, identity.length_tokens, mesh, self.stage_units
@@ -124,7 +132,7 @@ class TrainingRun:
         self.tracker: Tracker = NoTracker()
         store.peers.first(self._open_outputs)
         self.throughput = metrics.Throughput()
-        self.buckets = TimeBuckets()
+        self.buckets, self.codebook = TimeBuckets(), CodebookUsage()
         self._losses: list[float] = []
         self._tokens_per_step = config.training.global_batch_sequences * identity.length_tokens
         # Backward costs twice the forward (PaLM, appendix B).
@@ -142,12 +150,13 @@ class TrainingRun:
 
     def _unit_costs(self) -> dict[str, float]:
         """Seconds of each kind of unit; measured once in a run's life, so that a resume has the same stages."""
-        config = self.config
+        config, model = self.config, self.config.model
+        assert not isinstance(model, VQModelConfig)  # `layout_problems` has refused its pipeline
         bf16 = config.training.precision == "bf16"
         return self.folder.unit_costs(
-            unit_kinds(config.model),
+            unit_kinds(model),
             lambda: measure_unit_costs(
-                config.model,
+                model,
                 self.identity.vocabulary.size,
                 self.identity.length_tokens,
                 config.training.micro_batch_sequences,
@@ -239,6 +248,7 @@ class TrainingRun:
         self._losses.append(result.loss)
         for terms in result.terms:
             self.buckets.add(terms)
+            self.codebook.add(terms)
         self.console.step(step)
         validates = last or step % config.validation.interval_steps == 0
         saves = last or result.stop_requested or step % config.checkpoint.interval_steps == 0
@@ -265,6 +275,9 @@ class TrainingRun:
         """The training metrics of the steps since the last record."""
         buckets = TimeBuckets()
         buckets.merge(self.mesh.sum(self.buckets.state()))
+        code_counts = self.codebook.state()
+        if len(code_counts):
+            code_counts = self.mesh.sum(code_counts)
         speed = self.throughput.tokens_per_second()
         peak = metrics.peak_flops(self.mesh.device, self.config.training.precision)
         record = {
@@ -279,11 +292,12 @@ class TrainingRun:
             "data_wait_s": stream.data_wait_s,
             "checkpoint_s": self.checkpointer.seconds,
             "memory_bytes": metrics.memory_bytes(self.mesh.device),
-            "cross_entropy_by_mask_fraction": buckets.result().tolist(),
+            **buckets.metrics(),
+            **usage_metrics(code_counts),
         }
         stream.data_wait_s = 0.0
         self.checkpointer.seconds = 0.0
-        self.buckets = TimeBuckets()
+        self.buckets, self.codebook = TimeBuckets(), CodebookUsage()
         self._losses.clear()
         self.throughput.restart()
         return record
@@ -292,7 +306,7 @@ class TrainingRun:
         config, mesh = self.config, self.mesh
         weights = self.ema.values if self.ema is not None else None
         with self.engine.evaluation(weights) as model:
-            perplexity = validate(
+            result = validate(
                 model,
                 self.objective,
                 self.validation_loader,
@@ -305,15 +319,8 @@ class TrainingRun:
             )
             if config.validation.samples:
                 write_validation_samples(model, config, self.identity, self.folder, step, mesh)
-        self.console.say(
-            f"step {step}: validation perplexity {perplexity.perplexity:.2f} "
-            f"+- {perplexity.perplexity_standard_error:.2f} on {perplexity.sequences} sequences"
-        )
-        return {
-            "validation_nll": perplexity.nll_nats_per_token,
-            "validation_perplexity": perplexity.perplexity,
-            "validation_perplexity_standard_error": perplexity.perplexity_standard_error,
-        }
+        self.console.say(f"step {step}: {validation_summary(result, self.objective)}")
+        return validation_metrics(result, self.objective)
 
     def _save(self, step: int, in_background: bool = False) -> None:
         self._finish_save()
@@ -345,7 +352,7 @@ class TrainingRun:
             self.file.write({**record, "unix_time_s": time.time()})
         self.console.record(record)
         scalars = {key: value for key, value in finite(record).items() if isinstance(value, (int, float))}
-        for bucket, value in enumerate(record["cross_entropy_by_mask_fraction"]):
+        for bucket, value in enumerate(record.get("cross_entropy_by_mask_fraction", [])):
             scalars[f"cross_entropy_by_mask_fraction/{bucket / 10:.1f}"] = value
         self.tracker.log(step, finite(scalars))
 

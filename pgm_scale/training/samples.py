@@ -1,4 +1,4 @@
-"""A few generated texts beside each validation, for people to look at."""
+"""A few generated texts or images beside each validation, for people to look at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,21 @@ from pgm_scale.sampling.output import load_tokenizer, write_samples
 def write_validation_samples(
     model: nn.Module, config: RunConfig, identity: RunIdentity, folder: RunFolder, step: int, mesh: Mesh
 ) -> None:
-    """Collective: all ranks generate the same texts (ZeRO-3 needs them all), the first one writes them."""
+    """Collective: all ranks generate the same samples (ZeRO-3 needs them all), the first one writes them.
+
+    A run on pixels trains a VQ tokenizer, which generates nothing.
+    """
+    if identity.images is None:
+        _write_texts(model, config, identity, folder, step, mesh)
+    elif identity.images.tokens == "codes":
+        from pgm_scale.sampling.images import write_validation_images
+
+        write_validation_images(model, config, identity, folder, step, mesh.device, mesh.is_main)
+
+
+def _write_texts(
+    model: nn.Module, config: RunConfig, identity: RunIdentity, folder: RunFolder, step: int, mesh: Mesh
+) -> None:
     result = sample(
         model,
         identity.vocabulary,

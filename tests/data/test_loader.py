@@ -34,6 +34,20 @@ def test_an_epoch_reads_every_row_once_with_its_padding(split: Split) -> None:
     assert batches[1].sample_numbers_B.tolist() == list(range(48, 96))
 
 
+def test_labels_stay_with_their_rows(pixel_split: Split, split: Split) -> None:
+    assert pixel_split.labels is not None
+    stored = np.concatenate(pixel_split.tokens).tolist(), np.concatenate(pixel_split.labels).tolist()
+    label_of = {tuple(tokens): label for tokens, label in zip(*stored, strict=True)}
+    assert len(label_of) == 432  # no two rows are equal
+    loader = open_loader(pixel_split)
+    for start in range(0, 432, 48):
+        batch = loader.read(np.arange(start, start + 48))
+        assert batch.labels_B is not None
+        assert batch.labels_B.dtype == batch.tokens_BL.dtype == np.int64
+        assert batch.labels_B.tolist() == [label_of[tuple(tokens)] for tokens in batch.tokens_BL.tolist()]
+    assert open_loader(split).read(np.arange(4)).labels_B is None
+
+
 def test_validation_order_is_the_stored_one(split: Split) -> None:
     batch = open_loader(split, shuffle=False).read(np.arange(310))
     np.testing.assert_array_equal(batch.tokens_BL, np.concatenate(split.tokens)[:310])

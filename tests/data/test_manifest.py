@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pgm_scale.data import DatasetManifest
-from pgm_scale.data.manifest import token_dtype_for
+from pgm_scale.data.manifest import ImageContent, Vocabulary, token_dtype_for
 from pgm_scale.errors import UserError
 from tests.data.conftest import Split
 
@@ -16,6 +16,52 @@ def test_round_trip_is_exact_and_bytes_are_deterministic(split: Split, tmp_path)
     assert loaded == split.manifest
     assert loaded.save(tmp_path).read_bytes() == (split.folder / "dataset.json").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"split", "dataset.json"}
+
+
+def test_images_round_trip_and_texts_keep_their_bytes(split: Split, pixel_split: Split) -> None:
+    assert DatasetManifest.load(pixel_split.folder) == pixel_split.manifest
+    assert "images" in json.loads(pixel_split.manifest.to_json())
+    assert "images" not in json.loads(split.manifest.to_json())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_names": ["cat", "dog", "cat"]}, "two images.class_names are equal"),
+        ({"class_names": []}, "images.class_names are not names"),
+        ({"class_names": ["cat", 3]}, "images.class_names are not names"),
+        ({"tokens": "voxels"}, "images.tokens 'voxels' is neither"),
+        ({"tokens": "codes"}, "length_tokens 16, but the codes of an image are 17 tokens"),
+        ({"channels": 3}, "length_tokens 16, but the pixels of an image are 48 tokens"),
+        ({"grid_side": 2}, "grid_side 2 of pixels is not side_pixels 4"),
+        ({"grid_side": "4"}, "images.grid_side is '4', not a positive integer"),
+        ({"colour": 1}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_garbled_images_are_one_line(pixel_split: Split, change, message) -> None:
+    path = pixel_split.folder / "dataset.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"images": content["images"] | change}))
+    with pytest.raises(UserError, match=message) as caught:
+        DatasetManifest.load(pixel_split.folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_pixels_are_stored_as_bytes(split: Split, pixel_split: Split) -> None:
+    for wrong in (
+        dataclasses.replace(split.manifest, token_dtype="uint8"),
+        dataclasses.replace(pixel_split.manifest, token_dtype="uint16"),
+    ):
+        with pytest.raises(UserError, match=r"token_dtype 'uint\d+' does not fit"):
+            DatasetManifest.from_json(wrong.to_json(), "here")
+    codes = dataclasses.replace(
+        pixel_split.manifest,
+        images=ImageContent("codes", 32, 3, 4, ("cat",)),
+        vocabulary=Vocabulary(18, 16, 17, 17, None),
+        length_tokens=17,
+        token_dtype="uint16",
+    )
+    assert DatasetManifest.from_json(codes.to_json(), "here") == codes
 
 
 def test_all_missing_shards_are_listed(split: Split) -> None:
@@ -82,6 +128,25 @@ def test_differences(split: Split) -> None:
     count, first = manifest.differences(fewer, same_data=True)
     assert count == "shards: 5 != 4"
     assert first.startswith("shards: 4 differ, the first is Shard(name='shard-00000.")
+
+
+def test_image_differences_are_short(split: Split, pixel_split: Split) -> None:
+    manifest = pixel_split.manifest
+    assert manifest.images is not None
+    names = [f"class {n}" for n in range(1000)]
+
+    def with_names(class_names: list[str]) -> DatasetManifest:
+        assert manifest.images is not None
+        images = dataclasses.replace(manifest.images, class_names=tuple(class_names))
+        return dataclasses.replace(manifest, images=images)
+
+    whole = with_names(names)
+    assert whole.differences(whole) == []
+    assert whole.differences(with_names(names[1:])) == ["images.class_names: 1000 != 999 classes"]
+    assert whole.differences(with_names([*names[:7], "x", "y", *names[9:]])) == [
+        "images.class_names: class 7 is 'class 7' != 'x'"
+    ]
+    assert "content: text != images" in split.manifest.differences(manifest)
 
 
 def test_token_dtype_holds_every_id() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import logging
 import multiprocessing
 import threading
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from pgm_scale.data.loader import TokenLoader
+from pgm_scale.data.manifest import ImageContent
 from pgm_scale.data.order import GlobalOrder
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import UserError
@@ -101,6 +105,36 @@ def test_remote_split_is_fetched_once_and_served_from_the_cache(store: Store, sp
     assert store.gets("shard-00000.tar") == store.gets("shard-00001.tar") == 1
     assert SplitStorage(URL, tmp_path / "cache").tokenizer_path().read_text() == "{}"
     assert not list((tmp_path / "cache").rglob("*.writing"))
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_the_vq_tokenizer_of_image_codes_comes_along_and_is_verified(
+    store: Store, split: Split, tmp_path, remote
+) -> None:
+    weights = b"weights"
+    described = json.dumps({"kind": "vq", "weights_sha256": hashlib.sha256(weights).hexdigest()})
+    (split.folder / "tokenizer.json").write_text(described)
+    (split.folder / "vq.safetensors").write_bytes(weights)
+    codes = ImageContent("codes", 32, 3, 4, ("a",))
+    manifest = dataclasses.replace(
+        split.manifest,
+        images=codes,
+        length_tokens=17,
+        tokenizer_sha256=hashlib.sha256(described.encode()).hexdigest(),
+    )
+    manifest.save(split.folder)
+    for name in ("tokenizer.json", "vq.safetensors", "dataset.json"):
+        store.client.upload_file(str(split.folder / name), "tokens", f"set/train/{name}")
+    storage = SplitStorage(URL if remote else split.folder, tmp_path / "cache")
+    path = storage.tokenizer_path()
+    assert path.with_name("vq.safetensors").read_bytes() == weights
+    path.with_name("vq.safetensors").write_bytes(b"Weights")
+    if remote:
+        storage.tokenizer_path()  # fetched again
+        assert path.with_name("vq.safetensors").read_bytes() == weights
+    else:
+        with pytest.raises(UserError, match=r"vq\.safetensors: corrupt: SHA-256"):
+            storage.tokenizer_path()
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])

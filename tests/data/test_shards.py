@@ -13,25 +13,54 @@ import numpy as np
 import pytest
 
 from pgm_scale.data import Shard, mds
+from pgm_scale.data.batch import ShardRows
 from pgm_scale.data.manifest import TokenDtype
 from pgm_scale.data.readers import read_shard
 from pgm_scale.data.writers import write_shard
 from pgm_scale.errors import UserError
 from tests.data import libraries
-from tests.data.conftest import LENGTH_TOKENS, Split, flip_bit, make_split
+from tests.data.conftest import CLASS_NAMES, LENGTH_TOKENS, PIXELS, Split, flip_bit, make_split
 
 
-def read(split: Split, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def read(split: Split, number: int = 0) -> ShardRows:
     shard = split.manifest.shards[number]
     return read_shard(split.folder / shard.name, shard, split.manifest)
 
 
 def test_round_trip(split: Split) -> None:
     for number in range(len(split.manifest.shards)):
-        tokens_RL, valid_lengths_R = read(split, number)
+        tokens_RL, valid_lengths_R, labels_R = read(split, number)
         assert tokens_RL.dtype == np.uint16
         np.testing.assert_array_equal(tokens_RL, split.tokens[number])
         np.testing.assert_array_equal(valid_lengths_R, split.valid_lengths[number])
+        assert labels_R is None
+
+
+def test_pixels_and_labels_round_trip(pixel_split: Split) -> None:
+    assert pixel_split.labels is not None
+    for number in range(len(pixel_split.manifest.shards)):
+        tokens_RL, valid_lengths_R, labels_R = read(pixel_split, number)
+        assert labels_R is not None
+        assert (tokens_RL.dtype, labels_R.dtype) == (np.uint8, np.uint32)
+        np.testing.assert_array_equal(tokens_RL, pixel_split.tokens[number])
+        np.testing.assert_array_equal(labels_R, pixel_split.labels[number])
+        assert (valid_lengths_R == LENGTH_TOKENS).all()
+
+
+def test_a_label_without_a_class_and_a_shard_without_labels(pixel_split: Split) -> None:
+    shard = pixel_split.manifest.shards[0]
+    images = dataclasses.replace(PIXELS, class_names=CLASS_NAMES[:2])
+    fewer = dataclasses.replace(pixel_split.manifest, images=images)
+    with pytest.raises(UserError, match=r"shard-00000\.\w+: .*it has label 2 of 2 classes"):
+        read_shard(pixel_split.folder / shard.name, shard, fewer)
+    tokens_RL, lengths_R = pixel_split.tokens[0], pixel_split.valid_lengths[0]
+    format = pixel_split.manifest.format
+    unlabelled = write_shard(pixel_split.folder, "bare", format, tokens_RL, lengths_R)
+    with pytest.raises(UserError, match=r"bare: not the"):
+        read_shard(pixel_split.folder / "bare", unlabelled, pixel_split.manifest)
+    labelled = dataclasses.replace(pixel_split.manifest, images=None)
+    with pytest.raises(UserError, match=r"shard-00000\.\w+: not the"):
+        read_shard(pixel_split.folder / shard.name, shard, labelled)
 
 
 def test_uint32_round_trip(split: Split) -> None:
@@ -54,33 +83,45 @@ def test_bytes_depend_on_the_rows_alone(split: Split, tmp_path: Path) -> None:
         assert (split.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("length_tokens", [1, 5, 16])
-@pytest.mark.parametrize("token_dtype", ["uint16", "uint32"])
-def test_mds_equals_the_library(tmp_path: Path, token_dtype: TokenDtype, length_tokens: int) -> None:
+@pytest.mark.parametrize("token_dtype", ["uint8", "uint16", "uint32"])
+def test_mds_equals_the_library(
+    tmp_path: Path, token_dtype: TokenDtype, length_tokens: int, labelled: bool
+) -> None:
     """To the byte where it writes; lengths that leave rows unaligned, and rows that are no power of two."""
     rng = np.random.default_rng(length_tokens)
     tokens_RL = rng.integers(0, np.iinfo(token_dtype).max, (37, length_tokens), token_dtype, endpoint=True)
     valid_lengths_R = rng.integers(1, length_tokens + 1, 37).astype(np.uint32)
-    libraries.write_mds(tmp_path / "library", tokens_RL, valid_lengths_R)
-    mds.write_mds(tmp_path / "ours", tokens_RL, valid_lengths_R)
+    labels_R = rng.integers(0, 2**32 - 1, 37, np.uint32, endpoint=True) if labelled else None
+    rows = ShardRows(tokens_RL, valid_lengths_R, labels_R)
+    libraries.write_mds(tmp_path / "library", rows)
+    mds.write_mds(tmp_path / "ours", rows)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
 
     split = make_split(tmp_path / "split", "mds", (37,))
-    manifest = dataclasses.replace(split.manifest, token_dtype=token_dtype, length_tokens=length_tokens)
+    manifest = dataclasses.replace(
+        split.manifest,
+        token_dtype=token_dtype,
+        length_tokens=length_tokens,
+        images=PIXELS if labelled else None,
+    )
     shard = dataclasses.replace(split.manifest.shards[0], bytes=(tmp_path / "ours").stat().st_size)
     for expected, found in zip(
         libraries.read_mds(tmp_path / "ours", shard, manifest),
         mds.read_mds(tmp_path / "library", shard, manifest),
         strict=True,
     ):
-        np.testing.assert_array_equal(found, expected)
-        assert found.dtype == expected.dtype
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == expected.dtype
 
 
 def test_mds_beyond_its_offsets_is_refused_before_it_is_written(tmp_path: Path) -> None:
     tokens_RL = np.broadcast_to(np.uint16(3), (2_100_000, 1024))
     with pytest.raises(UserError, match=r"2100000 rows exceed the 4 GiB.*--rows-per-shard"):
-        mds.write_mds(tmp_path / "shard", tokens_RL, np.broadcast_to(np.uint32(1), 2_100_000))
+        mds.write_mds(tmp_path / "shard", ShardRows(tokens_RL, np.broadcast_to(np.uint32(1), 2_100_000)))
     assert not list(tmp_path.iterdir())
 
 
@@ -96,6 +137,25 @@ def test_streaming_reads_our_mds_folder(tmp_path: Path) -> None:
         for dataset in (local, streamed):
             np.testing.assert_array_equal(dataset[row]["tokens"], tokens[row])
             assert dataset[row]["valid_length"] == valid_lengths[row]
+
+
+def test_the_libraries_read_our_labels(pixel_split: Split) -> None:
+    assert pixel_split.labels is not None
+    tokens, labels = np.concatenate(pixel_split.tokens), np.concatenate(pixel_split.labels)
+    if pixel_split.manifest.format == "mds":
+        from streaming import LocalDataset
+
+        samples = list(LocalDataset(str(pixel_split.folder)))
+        found_tokens, found_labels = [s["tokens"] for s in samples], [s["label"] for s in samples]
+    else:
+        import webdataset
+
+        urls = [str(pixel_split.folder / shard.name) for shard in pixel_split.manifest.shards]
+        dataset = webdataset.WebDataset(urls, shardshuffle=False).decode()
+        rows = list(dataset.to_tuple("tokens.npy", "labels.npy").unbatched())
+        found_tokens, found_labels = [tokens for tokens, _ in rows], [label for _, label in rows]
+    np.testing.assert_array_equal(found_tokens, tokens)
+    np.testing.assert_array_equal(found_labels, labels)
 
 
 def test_webdataset_reads_our_tar(tmp_path: Path) -> None:

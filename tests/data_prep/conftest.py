@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from data_prep import pipeline, units
-from data_prep.tokenizers import open_tokenizer
 
 
 def random_text(seed: int, words: int) -> str:
@@ -39,8 +38,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def pool(encoding, workers):
-        units._encoding = encoding
-        units._tokenizer = open_tokenizer(encoding.tokenizer_file.read_bytes(), "")
+        units._encode = encoding.start()
 
         def run_bounded(calls):
             for key, function, *arguments in reversed(list(calls)):
@@ -49,3 +47,26 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         yield run_bounded
 
     monkeypatch.setattr(pipeline, "worker_pool", pool)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny VQ tokenizer with a code for every image: its folder, and itself."""
+    folder = tmp_path_factory.mktemp("vq")
+    import torch
+
+    from pgm_scale.config import VQModelConfig
+    from pgm_scale.models.vq import VQModel
+    from pgm_scale.vq_tokenizer import VQTokenizer
+
+    config = VQModelConfig(
+        codebook_size=40, code_size=4, channels=32, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=8
+    )
+    generator = torch.Generator().manual_seed(3)
+    model = VQModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    vq = VQTokenizer(model)
+    vq.save(folder)
+    return folder, vq

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.pipeline import PrepareOptions, prepare
 from data_prep.readers import Reading
 from data_prep.sources import TextSource, UnitSize
+from data_prep.text import PrepareOptions, prepare
 
 
 class SmallUnits(TextSource):

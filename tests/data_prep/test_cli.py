@@ -114,7 +114,7 @@ def test_help_is_complete_and_imports_nothing_heavy():
         kinds = subparsers.choices["prepare"]._subparsers._group_actions[0].choices
         helps = {name: [a.help for a in kind._actions] for name, kind in kinds.items()}
         texts = [kind.format_help() for kind in kinds.values()]
-        heavy = {"numpy", "torch", "tokenizers", "pyarrow", "streaming"} & set(sys.modules)
+        heavy = {"numpy", "torch", "tokenizers", "pyarrow", "streaming", "PIL"} & set(sys.modules)
         print(json.dumps([helps, sorted(heavy), texts]))"""
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -124,7 +124,7 @@ def test_help_is_complete_and_imports_nothing_heavy():
         check=True,
     )
     helps, heavy, texts = json.loads(result.stdout)
-    assert set(helps) == {"text", "openwebtext", "lm1b", "python-docs"}
+    assert set(helps) == {"text", "openwebtext", "lm1b", "python-docs", "images", "imagenet-vq"}
     assert all(all(kind) for kind in helps.values())
     assert heavy == []
     assert all("same\ncommand" in text for text in texts)

@@ -45,7 +45,7 @@ def test_large_vocabularies_are_stored_wider():
 
 def test_units_close_at_documents_or_characters():
     documents = [("train", "ab"), ("validation", "c"), ("train", "d"), ("train", "efgh"), ("train", "i")]
-    units = [(u.split, u.number, u.texts) for u in units_of(documents, UnitSize(2, 4))]
+    units = [(u.split, u.number, u.documents) for u in units_of(documents, UnitSize(2, 4))]
     assert units == [
         ("train", 0, ["ab", "d"]),
         ("train", 1, ["efgh"]),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data_prep import pipeline
-from data_prep.pipeline import prepare
 from data_prep.readers import Reading, find_files, read_documents
 from data_prep.sources import TextSource, content_hash
+from data_prep.text import prepare
 from data_prep.tokenizers import encode, open_tokenizer
 from pgm_scale.data import DatasetManifest
 from pgm_scale.errors import UserError

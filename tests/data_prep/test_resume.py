@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pipeline import prepare
 from data_prep.sources import UnitSize
+from data_prep.text import prepare
 from data_prep.tokenizers import train_bpe
 from pgm_scale.errors import UserError
 from tests.data_prep.conftest import tree

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from pgm_scale.config import MDLMObjectiveConfig, PGMObjectiveConfig
+from pgm_scale.config import MDLMObjectiveConfig, PGMObjectiveConfig, VQObjectiveConfig
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.evaluation.perplexity import Perplexity
 from pgm_scale.evaluation.report import plot_curves
-from pgm_scale.evaluation.validation import validate, validation_loader
+from pgm_scale.evaluation.validation import (
+    validate,
+    validation_loader,
+    validation_metrics,
+    validation_summary,
+)
 from pgm_scale.models import build_model
 from pgm_scale.objectives import build_objective
 from tests.objectives.tiny import LogitsGiven
@@ -107,6 +112,23 @@ def test_a_model_that_knows_nothing_scores_the_uniform_distribution(split: Split
     assert results[0].nll_nats_per_token == pytest.approx(results[1].nll_nats_per_token, rel=1e-6)
     # The bound's weights average to 1 a token, up to the time that is cut off and the noise of the draws.
     assert results[0].nll_nats_per_token == pytest.approx(np.log(VOCABULARY.size - 1), rel=0.03)
+
+
+def test_only_a_likelihood_has_a_perplexity() -> None:
+    result = Perplexity(2.0, 0.1, 40, 4)
+    text = build_objective(MDLMObjectiveConfig(), VOCABULARY)
+    assert validation_metrics(result, text) == {
+        "validation_nll": 2.0,
+        "validation_perplexity": pytest.approx(np.exp(2)),
+        "validation_perplexity_standard_error": pytest.approx(np.exp(2) / 10),
+    }
+    assert validation_summary(result, text) == "validation perplexity 7.39 +- 0.74 on 4 sequences"
+    images = build_objective(VQObjectiveConfig(), VOCABULARY)
+    assert validation_metrics(result, images) == {
+        "validation_loss": 2.0,
+        "validation_loss_standard_error": 0.1,
+    }
+    assert validation_summary(result, images) == "validation loss 2.0000 +- 0.1000 on 4 sequences"
 
 
 def test_curves_are_drawn_also_where_values_are_missing(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Small models with nothing left at zero, and the packed layouts of a partition."""
 
+from dataclasses import replace
+
 import torch
 
 from pgm_scale.config import (
     AutoregressiveTransformerConfig,
     DiffusionTransformerConfig,
+    MaskGITTransformerConfig,
     PartitionTransformerConfig,
 )
 from pgm_scale.models import build_model
@@ -12,6 +15,7 @@ from pgm_scale.models.partition_transformer import PartitionInputs
 from pgm_scale.models.segments import Segments
 
 VOCAB, LENGTH, HIDDEN, HEADS = 23, 12, 32, 2
+CLASSES = 5
 QUERY_MODES = ("learn", "learn+freqs", "learn+freqs+mean", "learn+freqs+logsumexp")
 
 
@@ -28,6 +32,11 @@ def partition_config(query="learn+freqs", processor="linear", dropout=0.0):
     )
 
 
+def image_config(registers=2, query="learn+freqs", processor="linear", dropout=0.0):
+    """A class-conditional Partition Transformer."""
+    return replace(partition_config(query, processor, dropout), num_classes=CLASSES, registers=registers)
+
+
 def diffusion_config(time_conditioned=False):
     return DiffusionTransformerConfig(
         hidden_size=HIDDEN,
@@ -36,6 +45,17 @@ def diffusion_config(time_conditioned=False):
         condition_size=8,
         dropout=0.0,
         time_conditioned=time_conditioned,
+    )
+
+
+def maskgit_config(registers=1, dropout=0.0):
+    return MaskGITTransformerConfig(
+        hidden_size=HIDDEN,
+        num_heads=HEADS,
+        num_blocks=2,
+        dropout=dropout,
+        num_classes=CLASSES,
+        registers=registers,
     )
 
 
@@ -52,19 +72,28 @@ def randomised(config, seed=0):
     return model
 
 
-def pack_groups(tokens_BL, groups_BL):
-    """The training layout, and for each packed query its (sequence, position)."""
+def pack_groups(tokens_BL, groups_BL, registers=0, classes_B=None, first_query=0):
+    """The training layout, and for each packed query its (sequence, position in the row of tokens).
+
+    The first half of the registers is in group 1, the other one in group 0; `first_query` tokens are keys only.
+    """
+    length = tokens_BL.shape[1]
+    front = [1] * (registers // 2) + [0] * (registers // 2)
+    front_tokens = torch.tensor([[-1 - r for r in range(registers)]] * len(tokens_BL)).long()
+    tokens_BL = torch.cat([front_tokens, tokens_BL], 1)
     sequences, positions, lengths = [], [], []
     query_sequences, query_positions, query_lengths = [], [], []
     for b, groups in enumerate(groups_BL.tolist()):
-        members = [[i for i, g in enumerate(groups) if g == group] for group in (0, 1)]
+        members = [[i for i, g in enumerate(front + groups) if g == group] for group in (0, 1)]
         for own, other in (members, members[::-1]):
             positions += own
             sequences += [b] * len(own)
             lengths.append(len(own))
-            query_positions += other
-            query_sequences += [b] * len(other)
-            query_lengths.append(len(other))
+            queries = [i for i in other if i >= registers + first_query]
+            query_positions += queries
+            query_sequences += [b] * len(queries)
+            query_lengths.append(len(queries))
+    assert max(positions) < registers + length
     rows, columns = torch.tensor(query_sequences), torch.tensor(query_positions)
     inputs = PartitionInputs(
         tokens_BL[torch.tensor(sequences), torch.tensor(positions)],
@@ -72,5 +101,6 @@ def pack_groups(tokens_BL, groups_BL):
         Segments.of(lengths),
         columns,
         Segments.of(query_lengths),
+        classes_B,
     )
-    return inputs, (rows, columns)
+    return inputs, (rows, columns - registers)

@@ -12,18 +12,27 @@ import torch
 arange = partial(torch.arange, dtype=torch.float64)
 
 
-def partition_transformer(state, config, tokens_BL, groups_BL):
-    """Logits [B, L, V] of every position, from clean tokens and the 0/1 group of each."""
+def partition_transformer(state, config, tokens_BL, groups_BL, classes_B=None):
+    """Logits [B, L, V] of every position, from clean tokens and the 0/1 group of each.
+
+    With registers (FACTS 2.1) the rows are [R/2 of group 1][R/2 of group 0][tokens] inside.
+    """
     net = Net(state, config.num_heads)
-    same_BLL = groups_BL[:, :, None] == groups_BL[:, None, :]
-    condition = net.condition()
+    table = "cls_embed.embedding_table.weight"
+    condition = net.condition() if classes_B is None else net[table][classes_B][:, None]
     x = net["vocab_embed.embedding"][tokens_BL]
+    sequences, half = len(tokens_BL), config.registers // 2
+    if half:
+        x = torch.cat([torch.stack([net["reg_tokens.weight"]] * sequences), x], 1)
+        front = torch.tensor([[1] * half + [0] * half] * sequences)
+        groups_BL = torch.cat([front, groups_BL], 1)
+    same_BLL = groups_BL[:, :, None] == groups_BL[:, None, :]
     for i in range(config.num_encoder_blocks):
         x = net.self_attention_block(f"encoder.blocks.{i}", x, same_BLL, condition)
     out = group_swap(net, config, x, ~same_BLL)
     for j in range(config.num_decoder_blocks):
         out = net.cross_attention_block(f"decoder.layers.{j}", out, x, ~same_BLL, condition)
-    return net.output(out, condition)
+    return net.output(out, condition)[:, 2 * half :]
 
 
 def group_swap(net, config, x, mask_BLL):

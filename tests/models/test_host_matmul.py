@@ -11,14 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgm_scale.models import chunked_nll, host_matmul
+from pgm_scale.models.blocks import FeedForward
 from pgm_scale.models.chunked_nll import VocabularyRange
-from pgm_scale.models.host_matmul import HostLinear
+from pgm_scale.models.host_matmul import HostLinear, fuses_gelu
+from pgm_scale.models.layers import LOCAL_LAYERS
 
 
 @pytest.fixture(autouse=True)
 def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.backends.mkldnn.is_available()
     monkeypatch.setattr(host_matmul, "onednn_is_faster", lambda: True)
+
+
+def test_gelu_inside_the_product() -> None:
+    torch.manual_seed(0)
+    block = FeedForward(24, LOCAL_LAYERS)
+    x = torch.randn(33, 24)
+    expected = block[2](F.gelu(block[0](x), approximate="tanh"))
+    assert expected.requires_grad
+    assert not fuses_gelu(x)
+    torch.testing.assert_close(block(x), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        assert fuses_gelu(x)
+        torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not fuses_gelu(x)
+        assert not fuses_gelu(x.bfloat16())
 
 
 def assert_gradients_agree(actual: Tensor, expected: Tensor, parameters: Sequence[Tensor]) -> None:

@@ -27,6 +27,7 @@ from tests.models.builders import (
     VOCAB,
     autoregressive_config,
     diffusion_config,
+    image_config,
     pack_groups,
     partition_config,
 )
@@ -36,6 +37,7 @@ MODELS: dict[str, Any] = {
     name: replace(config, num_heads=4)
     for name, config in {
         "pgm": partition_config(),
+        "image pgm": image_config(registers=4),
         "pgm mlp4": partition_config("learn+freqs+mean", "mlp4"),
         "mdlm": diffusion_config(),
         "ar": autoregressive_config(),
@@ -64,9 +66,11 @@ def test_values_have_the_published_distributions(name: str) -> None:
             assert not values.any(), key
         elif "norm" in key:
             assert (values == (0 if key.endswith("bias") else 1)).all(), key
-        elif key.endswith("base_embedding"):
-            assert abs(float(values.mean())) < 5 / math.sqrt(HIDDEN)
-            assert 0.6 < float(values.std()) < 1.4
+        elif key.endswith(("base_embedding", "cls_embed.embedding_table.weight", "reg_tokens.weight")):
+            scaled = values / (0.02 if key.startswith("reg_tokens") else 1.0)
+            error = 5 / math.sqrt(values.numel())
+            assert abs(float(scaled.mean())) < error, key
+            assert abs(float(scaled.std()) - 1) < error, key
         else:
             bound = (HIDDEN if key == "vocab_embed.embedding" else _fan_in(model, key)) ** -0.5
             scaled = values / bound

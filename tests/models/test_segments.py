@@ -54,10 +54,10 @@ def test_each_backend_on_segments_without_empty_ones(backend, pairs):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 8), st.data())
-def test_two_segments_of_any_length_a_sequence(length, data):
-    splits = data.draw(st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), min_size=1))
-    pairs = [pair for n, m in splits for pair in ((n, m), (length - n, length - m))]
+@given(st.integers(1, 8), st.integers(1, 8), st.data())
+def test_two_segments_of_any_length_a_sequence(queries, keys, data):
+    splits = data.draw(st.lists(st.tuples(st.integers(0, queries), st.integers(0, keys)), min_size=1))
+    pairs = [pair for n, m in splits for pair in ((n, m), (queries - n, keys - m))]
     assert_like_oracle(segments.paired_attention, pairs)
 
 
@@ -72,7 +72,8 @@ def test_uniform_segments_are_one_batch(count, query_length, key_length):
     [
         ([(3, 5), (3, 5)], "uniform_attention"),
         ([(0, 5), (3, 5), (3, 5)], "uniform_attention"),
-        ([(3, 5), (4, 4)], "looped_attention"),
+        ([(3, 5), (4, 4)], "paired_attention"),
+        ([(3, 5), (4, 4), (1, 1)], "looped_attention"),
         ([(3, 5), (4, 2), (6, 0), (1, 7)], "paired_attention"),
         ([(100, 28), (29, 101)], "looped_attention"),
     ],

@@ -21,6 +21,8 @@ from tests.models.builders import (
     VOCAB,
     autoregressive_config,
     diffusion_config,
+    image_config,
+    maskgit_config,
     pack_groups,
     partition_config,
     randomised,
@@ -28,9 +30,11 @@ from tests.models.builders import (
 
 MODELS: dict[str, Any] = {
     "pgm": partition_config("learn+freqs+mean"),
+    "image pgm": image_config(registers=2),
     "mdlm": diffusion_config(),
     "time-conditioned mdlm": diffusion_config(time_conditioned=True),
     "ar": autoregressive_config(),
+    "maskgit": maskgit_config(registers=2),
 }
 
 
@@ -39,6 +43,11 @@ def _arguments(name: str) -> tuple[Any, ...]:
     tokens_BL = torch.randint(VOCAB, (3, LENGTH), generator=generator)
     if name == "pgm":
         return (pack_groups(tokens_BL, torch.randint(2, (3, LENGTH), generator=generator))[0],)
+    if name == "image pgm":
+        groups_BL = torch.randint(2, (3, LENGTH), generator=generator)
+        return (pack_groups(tokens_BL, groups_BL, 2, torch.tensor([1, 5, 1]), first_query=1)[0],)
+    if name == "maskgit":
+        return (tokens_BL % (VOCAB - 1), torch.tensor([1, 0, 5]))
     return (tokens_BL, torch.tensor([0.0, 0.3, 4.0])) if "mdlm" in name else (tokens_BL,)
 
 
@@ -102,7 +111,7 @@ def _holders(stages: list[nn.Module], name: str) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_stages_share_the_time_embedding_and_nothing_else(name: str) -> None:
+def test_stages_share_the_condition_and_a_tied_table_and_nothing_else(name: str) -> None:
     whole = randomised(MODELS[name])
     for cut in _cuts(MODELS[name]):
         stages = _stages(whole, cut)

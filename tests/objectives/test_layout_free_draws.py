@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from pgm_scale.config import (
     ComplementaryMDLMObjectiveConfig,
     D3PMObjectiveConfig,
+    ImagePGMObjectiveConfig,
     MDLMObjectiveConfig,
     ObjectiveConfig,
+    PartitionTransformerConfig,
     PGMObjectiveConfig,
 )
 from pgm_scale.data import TokenBatch, Vocabulary
@@ -24,10 +26,12 @@ from pgm_scale.objectives.pgm import PGMInputs
 
 SEQUENCES, LENGTH, STEP = 12, 10, 3
 VOCABULARY = Vocabulary(size=9, mask_id=4, bos_id=0, eos_id=0, pad_id=1)
+MODEL = PartitionTransformerConfig(num_classes=3, registers=2)  # of images
 SPEC = DrawSpec(seed=5, global_batch_sequences=SEQUENCES)
 
 CONFIGS: dict[str, ObjectiveConfig] = {
     **{f"pgm {form}": PGMObjectiveConfig(form=form) for form in ("published", "bounded", "count")},
+    "image pgm": ImagePGMObjectiveConfig(label_drop=0.5),
     "mdlm": MDLMObjectiveConfig(),
     "mdlm, discrete": MDLMObjectiveConfig(diffusion_steps=9, loss="low_variance"),
     "complementary": ComplementaryMDLMObjectiveConfig(),
@@ -40,7 +44,7 @@ def samples(numbers_B: np.ndarray) -> TokenBatch:
     """The sequences of these sample numbers: their tokens, some of them pads and mask ids, depend on it alone."""
     tokens_BL = np.stack([np.random.default_rng(n).integers(0, VOCABULARY.size, LENGTH) for n in numbers_B])
     valid_BL = np.arange(LENGTH) < (LENGTH - numbers_B % 3)[:, None]
-    return TokenBatch(tokens_BL, valid_BL, numbers_B)
+    return TokenBatch(tokens_BL, valid_BL, numbers_B, labels_B=numbers_B % MODEL.num_classes)
 
 
 def layout(data_ranks: int, micro_batch_sequences: int) -> list[np.ndarray]:
@@ -98,7 +102,7 @@ def by_sequence(inputs: Any, sequences: int) -> list[dict[str, np.ndarray]]:
 
 def built(config: ObjectiveConfig, inputs_of: str, numbers_B: np.ndarray) -> dict[int, dict[str, np.ndarray]]:
     """What the objective builds for a batch of these samples, by sample number."""
-    inputs = getattr(build_objective(config, VOCABULARY), inputs_of)(samples(numbers_B), SPEC)
+    inputs = getattr(build_objective(config, VOCABULARY, MODEL), inputs_of)(samples(numbers_B), SPEC)
     return dict(zip(numbers_B.tolist(), by_sequence(inputs, len(numbers_B)), strict=True))
 
 
@@ -128,7 +132,7 @@ def test_inputs_of_a_sequence_do_not_depend_on_how_the_batch_is_cut(
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_another_sample_number_or_seed_is_another_draw(kind: str) -> None:
     """Without this, inputs that ignore their draws would pass the test above."""
-    objective, batch = build_objective(CONFIGS[kind], VOCABULARY), samples(GLOBAL_BATCH)
+    objective, batch = build_objective(CONFIGS[kind], VOCABULARY, MODEL), samples(GLOBAL_BATCH)
     later = dataclasses.replace(batch, sample_numbers_B=GLOBAL_BATCH + SEQUENCES)
     drawn = [
         arrays(objective.training_inputs(batch, SPEC)),

@@ -76,6 +76,7 @@ def test_loss_is_fp32_and_reaches_every_parameter_with_finite_gradients(config, 
     objective, model = build_objective(config, VOCABULARY), randomised(model_config)
     batch = batch_with_pads_and_mask_ids()
     terms = loss_terms(objective, model, objective.training_inputs(batch, SPEC).to("cpu"))
+    assert terms.cross_entropy_S is not None
     assert terms.loss_S.dtype == terms.cross_entropy_S.dtype == torch.float32
     assert not terms.cross_entropy_S.requires_grad
     (terms.loss_S.sum() / objective.scored_tokens(batch).sum()).backward()
@@ -99,6 +100,7 @@ def test_terms_describe_their_rows(config, model_config):
     batch = batch_with_pads_and_mask_ids()
     terms = loss_terms(objective, model, objective.training_inputs(batch, SPEC))
     rows = len(terms.loss_S)
+    assert terms.cross_entropy_S is not None
     assert len(terms.cross_entropy_S) == rows
     assert len(terms.scored_tokens_S) == len(terms.mask_fraction_S) == len(terms.sequence_S) == rows
     assert ((terms.mask_fraction_S >= 0) & (terms.mask_fraction_S <= 1)).all()

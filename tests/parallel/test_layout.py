@@ -11,13 +11,15 @@ import torch.distributed as dist
 
 from pgm_scale import config as configuration
 from pgm_scale.cli import main
-from pgm_scale.config import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from pgm_scale.config import DataConfig, ParallelConfig, RunConfig, TrainingConfig, VQModelConfig
 from pgm_scale.parallel.layout import describe_layout, layout_problems, length_problems
-from tests.models.builders import autoregressive_config, diffusion_config, partition_config
+from tests.models.builders import autoregressive_config, diffusion_config, maskgit_config, partition_config
 from tests.tiny_data import tiny_config, write_tiny_data
 
 PGM = replace(partition_config(), num_heads=4)  # 7 units: embedding, 2 blocks, GroupSwap, 2 blocks, output
 TIMED = diffusion_config(time_conditioned=True)
+MASKGIT = maskgit_config()
+THIRDS = replace(MASKGIT, hidden_size=36, num_heads=3)
 
 
 def _config(model: Any = PGM, batch: int = 8, micro: int = 2, **parallel: Any) -> RunConfig:
@@ -36,6 +38,7 @@ def _config(model: Any = PGM, batch: int = 8, micro: int = 2, **parallel: Any) -
         (_config(tensor=2, pipeline=3, stage_units=(1, 1, 5)), 12),
         (_config(pipeline=7, offload_optimizer=True), 7),
         (_config(TIMED, tensor=2, pipeline=4), 8),
+        (_config(MASKGIT, tensor=2, sequence_parallel=True, pipeline=2), 4),
     ],
 )
 def test_sound_layouts_have_no_problems(config: RunConfig, world_size: int) -> None:
@@ -54,6 +57,7 @@ def test_sound_layouts_have_no_problems(config: RunConfig, world_size: int) -> N
         (_config(), 3, ["global_batch_sequences 8", "micro_batch_sequences 2 x 3 data-parallel ranks = 6"]),
         (_config(tensor=2, pipeline=2), 20, ["global_batch_sequences 8", "2 x 5 data-parallel ranks = 10"]),
         (_config(tensor=3), 3, ["model.num_heads 4", "parallel.tensor 3", "whole heads"]),
+        (_config(THIRDS, tensor=3), 3, ["parallel.tensor 3", "256 hidden units", "hidden_size 36"]),
         (_config(sequence_parallel=True), 1, ["sequence_parallel needs parallel.tensor of at least 2"]),
         (_config(TIMED, tensor=2, sequence_parallel=True), 2, ["sequence_parallel", "time_conditioned"]),
         (_config(pipeline=8), 8, ["pipeline 8 exceeds the model's 7 units", "group_swap", "at most 7"]),
@@ -80,6 +84,9 @@ def test_sound_layouts_have_no_problems(config: RunConfig, world_size: int) -> N
         (_config(pipeline=2, stage_units=(3, 3)), 2, ["stage_units [3, 3]", "7 units", "2 encoder_block"]),
         (_config(pipeline=2, stage_units=(0, 7)), 2, ["stage_units [0, 7]", "at least 1"]),
         (_config(pipeline=2, stage_units=(2, 2, 3)), 2, ["stage_units [2, 2, 3]", "2 numbers"]),
+        (_config(VQModelConfig(), tensor=2), 2, ["parallel.tensor 2", "model.kind vq", "convolutions"]),
+        (_config(VQModelConfig(), sequence_parallel=True), 1, ["sequence_parallel", "model.kind vq"]),
+        (_config(VQModelConfig(), pipeline=2), 2, ["pipeline 2 exceeds the model's 1 units", "autoencoder"]),
     ],
 )
 def test_each_fault_is_one_line(config: RunConfig, world_size: int, parts: list[str]) -> None:
@@ -87,6 +94,13 @@ def test_each_fault_is_one_line(config: RunConfig, world_size: int, parts: list[
     assert "\n" not in line
     for part in parts:
         assert part in line
+
+
+def test_a_vq_model_has_no_blocks_to_recompute() -> None:
+    config = _config(VQModelConfig(), zero_stage=3)
+    assert layout_problems(config, 4) == []
+    (line,) = layout_problems(replace(config, training=replace(config.training, recompute_blocks=True)), 4)
+    assert line.startswith("training.recompute_blocks does not go with model.kind vq")
 
 
 FAULTS = {

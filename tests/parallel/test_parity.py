@@ -10,11 +10,17 @@ from ops.parity_runs import Case, Draws, differences, same_draws, train_all, wri
 from pgm_scale.config import ParallelConfig, RunConfig
 from tests.distributed import run_ranks
 
+IMAGE = {"models": ["image PGM"]}
 CASES = {
-    3: both((1, 3)),
+    2: [
+        *both((2,), (1, 2), (1, 1, 2, 2), (1, 1, 2, 3), **IMAGE),
+        layout("image PGM", 2, sequence_parallel=True),
+    ],
+    3: both((1, 3), models=["PGM", "MDLM", "MaskGIT"]),
     4: [
         *both((2, 2), (1, 2, 2), (2, 1, 2, 3)),
-        layout("PGM", 4, sequence_parallel=True),
+        *both((2, 2), (1, 2, 2), (2, 1, 2, 3), models=["MaskGIT"]),
+        *(layout(model, 4, sequence_parallel=True) for model in ("PGM", "MaskGIT")),
     ],
 }
 

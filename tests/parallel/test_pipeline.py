@@ -31,7 +31,7 @@ from pgm_scale.objectives.base import DrawSpec, loss_terms
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
-from pgm_scale.sampling import SAMPLERS, known_prefixes, sample
+from pgm_scale.sampling import known_prefixes, sample, sampler_kinds
 from tests.distributed import run_ranks
 from tests.models.builders import autoregressive_config, diffusion_config, partition_config
 from tests.tiny_data import LENGTH, VOCABULARY
@@ -88,8 +88,7 @@ class Case:
 
     def kinds(self) -> list[str]:
         """The samplers of the model."""
-        model = self.local(0)
-        return [kind for kind, (needed, _) in SAMPLERS.items() if isinstance(model, needed)]
+        return sampler_kinds(self.local(0))
 
 
 def _cases(**layout: Any) -> list[Case]:

@@ -18,6 +18,7 @@ from pgm_scale.config import (
     PartitionTransformerConfig,
     RunConfig,
     TrainingConfig,
+    TransformerConfig,
 )
 from pgm_scale.models.initialization import is_split, tensor_slice
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
@@ -38,6 +39,8 @@ from tests.models.builders import (
     QUERY_MODES,
     autoregressive_config,
     diffusion_config,
+    image_config,
+    maskgit_config,
     pack_groups,
     partition_config,
 )
@@ -81,10 +84,18 @@ class Case:
         if isinstance(self.config, PartitionTransformerConfig):
             groups_BL = torch.randint(2, (SEQUENCES, LENGTH), generator=generator)
             groups_BL[0], groups_BL[1] = 0, 1
-            return (pack_groups(tokens_BL, groups_BL)[0],)
+            classes_B = torch.tensor([4, 0, 5]) if self.config.num_classes else None
+            return (pack_groups(tokens_BL, groups_BL, self.config.registers, classes_B)[0],)
         if self.config.kind == "diffusion_transformer":
             return tokens_BL, torch.tensor([0.0, 0.3, 4.0])
+        if self.config.kind == "maskgit_transformer":
+            return tokens_BL % self.predicted, torch.tensor([0, 5, 2])
         return (tokens_BL,)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that have a logit: for MaskGIT all but BOS."""
+        return self.vocab_size - (self.config.kind == "maskgit_transformer")
 
     def model(self, layers: LayerBuilder) -> nn.Module:
         """Every parameter drawn anew: at the initial values, gates, shifts and logits are 0."""
@@ -99,7 +110,7 @@ class Case:
         return model
 
 
-def _four_heads(config: ModelConfig) -> Any:
+def _four_heads(config: TransformerConfig) -> Any:
     return dataclasses.replace(config, num_heads=HEADS)
 
 
@@ -110,15 +121,18 @@ MODELS = [
         for query in QUERY_MODES
         for processor in ("linear", "mlp4")
     ),
+    _four_heads(image_config(registers=4)),  # 16 keys and 12 queries a sequence: 4 ranks cut within sequences
     _four_heads(diffusion_config()),
     _four_heads(diffusion_config(time_conditioned=True)),
+    _four_heads(maskgit_config()),
     _four_heads(autoregressive_config()),
 ]
 # 23 tokens leave the last rank one row short; 5 leave one of 4 ranks with none, and one with half of its own.
 CASES = [Case(config) for config in MODELS] + [
     Case(PGM, 24),
     Case(PGM, 5),
-    Case(MODELS[-3], 5),
+    Case(MODELS[-4], 5),
+    Case(MODELS[-2], 6),
     Case(MODELS[-1], 5),
 ]
 
@@ -154,7 +168,7 @@ def _back_propagate(result: Tensor) -> None:
 
 def _compare(mesh: Mesh, case: Case, layers: LayerBuilder) -> None:
     where = f"{case}, {mesh.tensor_ranks} ranks, sequence parallel {layers.own_tokens(torch.zeros(4)).shape[0] < 4}"
-    readout = EveryReadout(case.vocab_size)
+    readout = EveryReadout(case.predicted)
     local, split = case.model(LOCAL_LAYERS), case.model(layers)
     slices = {name: tensor_slice(p) for name, p in split.named_parameters()}
     assert sum(map(is_split, split.parameters())) > len(slices) // 3
@@ -191,7 +205,8 @@ def _whole_sequences(mesh: Mesh, layers: Any) -> None:
         torch.arange(3, 10),
         Segments.of([1, 2, 4]),
     )
-    calls = {PGM: (inference,), MODELS[-3]: (tokens_BL, None), MODELS[-1]: (tokens_BL,)}
+    calls = {PGM: (inference,), MODELS[-4]: (tokens_BL, None), MODELS[-1]: (tokens_BL,)}
+    calls[MODELS[-2]] = (tokens_BL, torch.tensor([3]))
     for config, arguments in calls.items():
         local, split = (Case(config).model(builder).eval() for builder in (LOCAL_LAYERS, layers))
         with megatron_device(), torch.no_grad(), whole_sequences(split, layers):
@@ -205,6 +220,28 @@ def _whole_sequences(mesh: Mesh, layers: Any) -> None:
                 )
         assert layers.own_tokens(torch.zeros(mesh.tensor_ranks)).shape == (1,)
     _compare(mesh, CASES[0], layers)
+
+
+def _own_draws(mesh: Mesh, layers: LayerBuilder) -> None:
+    """What ranks hold parts of is dropped independently, after which all ranks draw the same again."""
+
+    def draws(needed: bool) -> tuple[list[float], list[float]]:
+        torch.manual_seed(5)
+        with layers.own_draws(CPU, needed):
+            inside = torch.rand(4).tolist()
+        return inside, torch.rand(4).tolist()
+
+    for needed in (False, True):
+        assert draws(needed) == draws(needed)
+        inside, behind = zip(*mesh.gather(draws(needed)), strict=True)
+        assert len(set(map(tuple, inside))) == (mesh.tensor_ranks if needed else 1)
+        assert len(set(map(tuple, behind))) == 1
+    case = Case(_four_heads(maskgit_config(dropout=0.3)))
+    model = case.model(layers)
+    torch.manual_seed(1)
+    with megatron_device():
+        outputs = mesh.gather(model(*case.arguments).detach().numpy().tobytes())
+    assert len(set(outputs)) == 1
 
 
 def _engine(mesh: Mesh, case: Case, parallel: ParallelConfig, precision: Any) -> Engine:
@@ -284,6 +321,7 @@ def _everything(mesh: Mesh) -> None:
             _whole_sequences(arranged, layers)
         else:
             _compare(arranged, Case(dataclasses.replace(PGM, dropout=0.2)), layers)
+            _own_draws(arranged, layers)
         _padding_stays_zero(arranged, parallel)
         _autocast(arranged, dataclasses.replace(parallel, zero_stage=0))
 

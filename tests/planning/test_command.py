@@ -10,6 +10,7 @@ from pgm_scale import config as configuration
 from pgm_scale.cli import main
 from pgm_scale.parallel.layout import layout_problems
 from tests.tiny_data import LENGTH, VOCABULARY, tiny_config, write_tiny_data
+from tests.tiny_images import vq_config, write_blobs
 
 
 @pytest.fixture
@@ -124,3 +125,12 @@ def test_bad_input_is_one_message(config, cluster, capsys, arguments, message):
 def test_measuring_needs_a_gpu(config, cluster, capsys):
     assert main(["plan", config, "--cluster", cluster(), "--measure"]) == 2
     assert "this machine has none" in capsys.readouterr().err
+
+
+def test_a_vq_model_is_not_planned(cluster, tmp_path, capsys):
+    data = write_blobs(tmp_path / "blobs")
+    path = tmp_path / "vq.yaml"
+    path.write_text(configuration.to_yaml(vq_config(data, tmp_path / "run")))
+    assert main(["plan", str(path), "--cluster", cluster(), "--gpus", "2"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.kind vq: only transformers are planned" in line

@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pgm_scale.config import AutoregressiveTransformerConfig, DiffusionTransformerConfig
+from pgm_scale.config import (
+    AutoregressiveTransformerConfig,
+    DiffusionTransformerConfig,
+    MaskGITTransformerConfig,
+)
 from pgm_scale.models import build_model
 from pgm_scale.parallel.tensor_layers import TensorParallelLayers
 from pgm_scale.planning.dry_build import dry_build
@@ -13,8 +17,10 @@ from tests.planning.cases import HARDWARE, MODEL, WORKLOAD, layout, planner_of
 MODELS = [
     MODEL,
     replace(MODEL, group_swap_query="learn+freqs+mean", group_swap_processor="mlp4"),
+    replace(MODEL, num_classes=9, registers=6),
     DiffusionTransformerConfig(hidden_size=64, num_heads=4, num_blocks=4, condition_size=8),
     AutoregressiveTransformerConfig(hidden_size=64, num_heads=4, num_blocks=4),
+    MaskGITTransformerConfig(hidden_size=64, num_heads=4, num_blocks=4, num_classes=9),
 ]
 LAYOUTS = [
     layout(),
@@ -33,7 +39,9 @@ def built(model, chosen, tamper=lambda stages: stages):
 
 @pytest.mark.parametrize(
     ("model", "chosen"),
-    [(MODELS[0], chosen) for chosen in LAYOUTS] + [(model, LAYOUTS[2]) for model in MODELS[1:]],
+    [(MODELS[0], chosen) for chosen in LAYOUTS]
+    + [(model, LAYOUTS[2]) for model in MODELS[1:]]
+    + [(MODELS[-1], LAYOUTS[3])],
 )
 def test_layouts_are_proved(model, chosen):
     proof = built(model, chosen)

@@ -11,6 +11,7 @@ from pgm_scale.config import (
     D3PMObjectiveConfig,
     DataConfig,
     DiffusionTransformerConfig,
+    MaskGITTransformerConfig,
     ParallelConfig,
     PGMObjectiveConfig,
     RunConfig,
@@ -62,8 +63,9 @@ def every_setting(config):
         MODEL,
         DiffusionTransformerConfig(hidden_size=48, num_heads=6, num_blocks=2, time_conditioned=True),
         DiffusionTransformerConfig(hidden_size=32, num_heads=2, num_blocks=5),
+        MaskGITTransformerConfig(hidden_size=48, num_heads=4, num_blocks=2, registers=2),  # 7 rows an image
     ],
-    ids=["pgm", "mdlm of time", "mdlm"],
+    ids=["pgm", "mdlm of time", "mdlm", "maskgit"],
 )
 def test_exactly_the_layouts_without_a_problem(model):
     config = run_config(model)

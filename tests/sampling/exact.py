@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pgm_scale.config import PartitionTransformerConfig
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.models.dit import DiffusionTransformer
 from pgm_scale.models.partition_transformer import PartitionTransformer
@@ -50,6 +51,7 @@ class ExactPartition(PartitionTransformer):
 
     def __init__(self, joint: np.ndarray) -> None:
         nn.Module.__init__(self)
+        self.config = PartitionTransformerConfig()
         self.vocab_size, self.length = SIZE, LENGTH
         self.table = torch.from_numpy(conditionals(joint)).log().float()
         self.places = torch.from_numpy(_PLACES)

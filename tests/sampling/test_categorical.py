@@ -16,7 +16,7 @@ MASK = 3
 
 
 def probabilities(logits, **rules) -> np.ndarray:
-    weights_QV = TokenRules(MASK, **rules)(torch.as_tensor(logits).clone())
+    weights_QV = TokenRules((MASK,), **rules)(torch.as_tensor(logits).clone())
     return (weights_QV / weights_QV.sum(-1, keepdim=True)).numpy()
 
 
@@ -68,7 +68,7 @@ def test_draws_follow_the_exact_distribution_with_rare_tokens():
     logits_V = generator.uniform(-14, 0, size=65).astype(np.float32)
     draws = 400_000
     uniforms_Q = torch.from_numpy(generator.random(draws))
-    weights_1V = TokenRules(MASK)(torch.from_numpy(logits_V)[None])
+    weights_1V = TokenRules((MASK,))(torch.from_numpy(logits_V)[None])
     counts_V = np.zeros(65)
     for part in uniforms_Q.split(50_000):
         counts_V += np.bincount(inverse_cdf(weights_1V.expand(len(part), -1), part).numpy(), minlength=65)
@@ -82,7 +82,7 @@ def test_draws_follow_the_exact_distribution_with_rare_tokens():
 def test_no_token_is_too_rare():
     """A token of 1e-12 owns an interval of uniforms that long, wherever it lies; float32 noise misses it."""
     logits = logits_of(0.5, 1e-12, 0.5, 1.0)
-    weights_QV = TokenRules(MASK)(logits)
+    weights_QV = TokenRules((MASK,))(logits)
 
     def token(uniform: float) -> int:
         return int(inverse_cdf(weights_QV, torch.tensor([uniform], dtype=torch.float64)))
@@ -105,17 +105,21 @@ def test_readout_draws_the_selected_rows_in_chunks():
     rows_Q = torch.randperm(600)[:550]  # more than two chunks
     uniforms_Q = torch.rand(550, dtype=torch.float64)
     with torch.inference_mode():
-        drawn = TokenDraw(TokenRules(MASK), uniforms_Q, rows_Q)(hidden_BLH, linear)
-        weights_QV = TokenRules(MASK)(linear(hidden_BLH.view(-1, 8)[rows_Q]))
+        drawn = TokenDraw(TokenRules((MASK,)), uniforms_Q, rows_Q)(hidden_BLH, linear)
+        weights_QV = TokenRules((MASK,))(linear(hidden_BLH.view(-1, 8)[rows_Q]))
         assert torch.equal(drawn, inverse_cdf(weights_QV, uniforms_Q))
-        none = TokenDraw(TokenRules(MASK), uniforms_Q[:0], rows_Q[:0])(hidden_BLH, linear)
+        none = TokenDraw(TokenRules((MASK,)), uniforms_Q[:0], rows_Q[:0])(hidden_BLH, linear)
     assert none.shape == (0,)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "weights",
-    [TokenRules(MASK), TokenRules(MASK, top_k=2, top_p=0.9), AnalyticWeights(TokenRules(MASK), 1.0, 0.5)],
+    [
+        TokenRules((MASK,)),
+        TokenRules((MASK,), top_k=2, top_p=0.9),
+        AnalyticWeights(TokenRules((MASK,)), 1.0, 0.5),
+    ],
 )
 def test_logits_that_are_not_finite_give_the_mask(weights, bad):
     """And only in their own row; a caller sees the mask once the sequences are finished."""
@@ -139,4 +143,4 @@ def test_logits_that_are_not_finite_give_the_mask(weights, bad):
 )
 def test_impossible_rules_are_refused(values, named):
     with pytest.raises(UserError, match=named):
-        TokenRules.of(SamplerConfig(**values), MASK)
+        TokenRules.of(SamplerConfig(**values), (MASK,))

@@ -46,13 +46,15 @@ def fold(model: Any) -> Any:
     """The folded form of a model that one device holds and evaluates, or the model itself.
 
     Nor is a model folded that is called in a way of its own: one in training, whose engine hears of each forward
-    pass by a hook, may wrap it in autocast, and has not planned for a second copy of the weights.
+    pass by a hook, may wrap it in autocast, and has not planned for a second copy of the weights; nor one that is
+    conditioned on classes, whose adaLN vectors are no constants.
     """
     if type(model) not in (PartitionTransformer, DiffusionTransformer) or not _is_whole(model):
         return model
     if isinstance(model, PartitionTransformer):
+        is_constant = not (model.config.num_classes or model.config.registers)
         has_blocks = len(model.encoder.blocks) and len(model.decoder.layers)
-        return FoldedPartitionTransformer(model) if has_blocks else model
+        return FoldedPartitionTransformer(model) if has_blocks and is_constant else model
     if model.config.time_conditioned or len(model.blocks) < 2:
         return model
     return FoldedDiffusionTransformer(model)

@@ -26,7 +26,7 @@ class FoldedPartitionTransformer:
         parts: Any = model
         self.config, self.length = model.config, model.length
         self.embedding_VH = parts.vocab_embed.embedding.detach()
-        condition = model.sigma_map(self.embedding_VH.new_zeros(()), self.embedding_VH.dtype)
+        condition = parts.sigma_map(self.embedding_VH.new_zeros(()), self.embedding_VH.dtype)
         self.rotation = Rotation(model.rotary_emb, self.embedding_VH.dtype)
         self.encoder = [FixedSelfAttention(block, condition, self.rotation) for block in parts.encoder.blocks]
         self.group_swap = FixedGroupSwap(parts.decoder.group_swap, model.length, self.rotation)

@@ -42,7 +42,7 @@ class Recorder:
     """A model that runs both forms, compares their logits and goes on with the folded one's."""
 
     def __init__(self, model: Any):
-        self.model, self.folded, self.calls = model, fold(model), 0
+        self.model, self.folded, self.calls, self.config = model, fold(model), 0, model.config
 
     def __call__(self, *arguments: Any, readout: Any) -> Any:
         self.calls += 1
@@ -158,7 +158,7 @@ def test_bfloat16_is_as_close_to_fp32_as_the_plain_model():
 
         class Tap:
             def __init__(self, model: Any, calls: list[tuple[Any, ...]]):
-                self.model, self.calls = model, calls
+                self.model, self.calls, self.config = model, calls, model.config
 
             def __call__(self, *arguments: Any, readout: Any) -> Any:
                 self.calls.append(arguments)

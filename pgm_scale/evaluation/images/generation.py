@@ -1,0 +1,129 @@
+"""Samples of a run's model by number: codes of an image are a function of the run, the settings and its number."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pgm_scale.checkpoint.manifest import MANIFEST_NAME
+from pgm_scale.checkpoint.store import CheckpointStore
+from pgm_scale.config import SamplerConfig
+from pgm_scale.errors import UserError
+from pgm_scale.evaluation.images.chunks import Columns
+from pgm_scale.evaluation.images.sources import SplitImages
+from pgm_scale.files import sha256_file
+from pgm_scale.run_folder import LoadedRun, load_run
+from pgm_scale.sampling import class_count, fitting_sampler, known_prefixes, sample
+
+LabelOrder = Literal["reference", "balanced"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of every sample number; `identity` says how they are chosen."""
+
+    of: Callable[[np.ndarray], np.ndarray]
+    identity: str
+
+
+class ImageSampler:
+    """A run's newest good checkpoint, and how to sample from it."""
+
+    def __init__(
+        self,
+        folder: str,
+        settings: dict[str, Any],
+        seed: int,
+        batch_images: int,
+        weights: Literal["ema", "weight"],
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        """`settings` are fields of SamplerConfig that replace the run's own.
+
+        Raises:
+            UserError: no run, no checkpoint, or not one of a class-conditional model of images.
+        """
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.run: LoadedRun = load_run(folder, weights=weights, device=device, dtype=dtype)
+        self.classes = class_count(self.run.model)
+        if not self.classes:
+            raise UserError(
+                f"{folder} is not the run of a class-conditional model of images; give one of image_pgm or maskgit"
+            )
+        usual = fitting_sampler(self.run.config.sampler, self.run.model)
+        self.config: SamplerConfig = dataclasses.replace(usual, **settings)
+        self.checkpoint_sha256 = _checkpoint_sha256(folder, self.run.step)
+        self._seed, self._batch_images, self._device = seed, batch_images, device
+        self._precision = precision
+
+    def identity(self, labels: Labels) -> dict[str, Any]:
+        """What decides the codes, in plain JSON values; batch sizes do not."""
+        return {
+            "run_id": self.run.identity.run_id,
+            "step": self.run.step,
+            "weights": self.run.weights,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "precision": self._precision,
+            "sampler": dataclasses.asdict(self.config),
+            "seed": self._seed,
+            "labels": labels.identity,
+        }
+
+    def labels(self, order: LabelOrder | None, reference: SplitImages | None) -> Labels:
+        """In the order of the reference's rows, again from the first if there are more; or all classes in turn.
+
+        Args:
+            order: None for the reference's, if it has labels.
+
+        Raises:
+            UserError: the reference has no labels, or classes that the model has not.
+        """
+        if order == "balanced" or (order is None and reference is None):
+            return Labels(lambda numbers_B: numbers_B % self.classes, f"balanced over {self.classes}")
+        if reference is None:
+            raise UserError(
+                "--labels reference needs a reference with labels, a split; use --labels balanced"
+            )
+        if reference.classes > self.classes:
+            raise UserError(
+                f"{reference.name} has {reference.classes} classes, the model {self.classes}; give its own data, "
+                "or --labels balanced"
+            )
+        split = reference
+        return Labels(
+            lambda numbers_B: split.labels((numbers_B % split.count).tolist()), f"reference {split.sha256}"
+        )
+
+    def codes(self, numbers: range, labels: Labels) -> Columns:
+        """`codes` int32 [B, L] of these samples, row by row of the grid, their `labels`, and seconds for each."""
+        identity = self.run.identity
+        labels_B = labels.of(np.array(numbers))
+        result = sample(
+            self.run.model,
+            identity.vocabulary,
+            identity.length_tokens,
+            self.config,
+            known_BL=known_prefixes([[]] * len(numbers), identity.length_tokens, identity.vocabulary.bos_id),
+            labels_B=labels_B,
+            seed=self._seed,
+            batch_sequences=self._batch_images,
+            first_sample_number=numbers.start,
+            device=self._device,
+        )
+        seconds_B = np.full(len(numbers), result.elapsed_s / len(numbers))
+        codes_BL = result.tokens_BL[:, 1:].astype(np.int32)
+        return {"codes": codes_BL, "labels": labels_B.astype(np.int64), "sampling_s": seconds_B}
+
+
+def _checkpoint_sha256(folder: str, step: int) -> str:
+    """Of the step's manifest, which holds the SHA-256 of each of its files."""
+    step_folder: Path = CheckpointStore(folder).folders.of(step)
+    return sha256_file(step_folder / MANIFEST_NAME)

@@ -1,0 +1,73 @@
+"""What the command line asks of a run's model: settings for all runs, and those for one kind of run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from pgm_scale.errors import UserError
+from pgm_scale.sampling.output import OutputFormat
+
+# The command-line option of a field, where it is not the field's name.
+_FLAGS = {
+    "prompts": "--prompt",
+    "template": "--infill",
+    "output_format": "--format",
+    "vq_path": "--vq",
+    "inpaint_path": "--inpaint",
+}
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """At most one of `prompts` and `template`."""
+
+    prompts: list[str] | None = None
+    template: str | None = None
+    output_format: OutputFormat = "text"
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """None means the run's own setting; `box` are the pixels `x0,y0,x1,y1` of `inpaint_path` to generate."""
+
+    classes: list[str] | None = None
+    guidance: float | None = None
+    guidance_schedule: Literal["constant", "linear"] | None = None
+    vq_path: str | None = None
+    inpaint_path: str | None = None
+    box: str | None = None
+    columns: int | None = None
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """None means the run's own setting. `known_path` replaces what `text` and `images` say is known."""
+
+    known_path: str | None = None
+    count: int = 1
+    kind: str | None = None
+    steps: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 1
+    batch_sequences: int = 32
+    output_path: str | None = None
+    weights: Literal["ema", "weight"] = "ema"
+    text: TextOptions = TextOptions()
+    images: ImageOptions = ImageOptions()
+
+
+def refuse_options(options: TextOptions | ImageOptions, run: str, content: str) -> None:
+    """A `UserError` that lists the options which were given, if any, to a run that has no use for them."""
+
+    given = [
+        _FLAGS.get(option.name, f"--{option.name.replace('_', '-')}")
+        for option in fields(options)
+        if getattr(options, option.name) != option.default
+    ]
+    if given:
+        raise UserError(
+            f"{run} is a run of {content}, for which there is no {', '.join(given)}; leave that out"
+        )
