@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.compression import reported
 from data_prep.image_tar import read_image_tar
+from data_prep.progress import tracked
 from data_prep.readers import InputFile, find_files, fingerprint_files, open_parquet
 from data_prep.sources import TRAIN, VALIDATION
 from pgm_scale import image_pixels
@@ -32,10 +33,17 @@ class ImageFile:
     label: int
 
     def read(self) -> bytes:
+        """
+        Raises:
+            UnreadableImage: the file is gone, a dangling link, or not ours to read.
+        """
         if isinstance(self.content, bytes):
             return self.content
-        with reported(self.content), open(self.content, "rb") as file:
-            return file.read(image_pixels.LARGEST_FILE_BYTES + 1)
+        try:
+            with open(self.content, "rb") as file:
+                return file.read(image_pixels.LARGEST_FILE_BYTES + 1)
+        except OSError as error:
+            raise image_pixels.UnreadableImage(f"cannot read it: {error.strerror}") from None
 
 
 class ImageInput(Protocol):
@@ -266,12 +274,16 @@ class ImageSource:
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the images, in plain JSON values."""
-        names = _given_names(self._inputs[TRAIN])
+        kind, names = self._inputs[TRAIN].kind, _given_names(self._inputs[TRAIN])
+        fingerprints = {
+            split: fingerprint_files(images.files, may_be_unreadable=kind == "folder")
+            for split, images in self._inputs.items()
+        }
         return {
-            "kind": self._inputs[TRAIN].kind,
+            "kind": kind,
             "class_names_sha256": names and hashlib.sha256("\n".join(names).encode()).hexdigest(),
             "validation_share": self._share,
-            "input": {split: fingerprint_files(images.files) for split, images in self._inputs.items()},
+            "input": fingerprints,
         }
 
     def total(self) -> int | None:
@@ -295,7 +307,8 @@ class ImageSource:
         """The hash of every image of the one input, in order: 8 bytes an image."""
         if self._hashes is None:
             train = self._inputs[TRAIN]
-            self._hashes = array("Q", _hashes(train.images()))
+            images = tracked(train.images(), "surveying the images", train.total())
+            self._hashes = array("Q", map(_hash, images))
             if not self._hashes:
                 raise UserError(f"{train.files[0].path}: no images in it; give other inputs")
         return self._hashes
@@ -305,6 +318,10 @@ def _given_names(images: ImageInput) -> tuple[str, ...] | None:
     return images.names if isinstance(images, LabelledImages) else None
 
 
-def _hashes(images: Iterable[ImageFile]) -> Iterator[int]:
-    for image in images:
-        yield int.from_bytes(hashlib.blake2b(image.read(), digest_size=8).digest(), "big")
+def _hash(image: ImageFile) -> int:
+    """64 bits of the content; what cannot be read is left out later and counts as empty."""
+    try:
+        content = image.read()
+    except image_pixels.UnreadableImage:
+        content = b""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")

@@ -21,7 +21,7 @@ from data_prep.image_encoding import (
     code_vocabulary,
 )
 from data_prep.image_sources import ImageSource
-from data_prep.pipeline import Counts, OutputOptions, RowFormat, prepare_job
+from data_prep.pipeline import Counts, OutputOptions, RowFormat, check_shard_size, prepare_job
 from data_prep.sources import SPLITS, UnitSize, units_of
 from data_prep.units import Encoding, Rejected, Unit
 from pgm_scale.data.manifest import (
@@ -75,6 +75,8 @@ def prepare_images(source: ImageSource, options: ImageOptions) -> list[DatasetMa
     if problems:
         raise UserError("; ".join(problems))
     job = PixelJob(source, options) if options.vq_path is None else CodeJob(source, options, options.vq_path)
+    rows = job.row_format(options.output)
+    check_shard_size(options, rows.length_tokens, rows.token_dtype, labelled=True)
     return prepare_job(job, options)
 
 
@@ -86,10 +88,11 @@ def read_rejected(output: Path) -> list[Rejected]:
 
 
 def named(rejected: list[Rejected]) -> str:
-    """The first few, for a line."""
+    """The first few, for a line; bytes of a file name that are not UTF-8 are written out."""
     first = [f"{entry.name} ({entry.reason})" for entry in rejected[:_NAMED]]
     more = len(rejected) - len(first)
-    return ", ".join(first) + (f" and {more} more" if more else "")
+    line = ", ".join(first) + (f" and {more} more" if more else "")
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 class PixelJob:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from data_prep.progress import tracked
 from data_prep.readers import InputFile, Reading, count_documents, fingerprint_files, read_documents
 from data_prep.sources import TRAIN, VALIDATION, UnitSize
 from pgm_scale.errors import UserError
@@ -46,7 +47,8 @@ class OpenWebTextSource:
 
     @cached_property
     def _total(self) -> int:
-        total = sum(count_documents(file, self._reading) for file in self._files)
+        files = tracked(self._files, "counting the documents of the files", len(self._files))
+        total = sum(count_documents(file, self._reading) for file in files)
         if not 0 < self._validation_documents < total:
             raise UserError(
                 f"{self._files[0].path}: {total} documents cannot give {self._validation_documents} "

@@ -30,6 +30,7 @@ from rich.progress import (
 
 from data_prep import work
 from data_prep.pool import Call, RunBounded, worker_pool
+from data_prep.progress import showing
 from data_prep.sources import SPLITS
 from data_prep.units import (
     Encoding,
@@ -52,6 +53,7 @@ from pgm_scale.data.manifest import (
     TokenDtype,
     Vocabulary,
 )
+from pgm_scale.data.mds import largest_rows
 from pgm_scale.data.writers import shard_name
 from pgm_scale.errors import UserError
 from pgm_scale.files import sha256_file
@@ -132,6 +134,22 @@ class Job(Protocol):
         ...
 
 
+def check_shard_size(
+    options: OutputOptions, length_tokens: int, token_dtype: TokenDtype, labelled: bool
+) -> None:
+    """Called before anything is read, as the work of hours would end in it.
+
+    Raises:
+        UserError: full shards would not fit their format.
+    """
+    largest = largest_rows(length_tokens, token_dtype, labelled)
+    if options.format == "mds" and options.rows_per_shard > largest:
+        raise UserError(
+            f"--rows-per-shard {options.rows_per_shard}: so many rows of {length_tokens} tokens exceed the 4 GiB "
+            f"of an MDS shard; give --rows-per-shard {largest} or fewer, or --format tar"
+        )
+
+
 def prepare_job(job: Job, options: OutputOptions) -> list[DatasetManifest]:
     """Write `<output>/<split>` for each split of the job and return their manifests.
 
@@ -143,8 +161,8 @@ def prepare_job(job: Job, options: OutputOptions) -> list[DatasetManifest]:
     """
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        with work.only_writer(options.output):
-            return _prepare(job, options)
+        with work.only_writer(options.output), showing(_progress(options.show_progress)) as progress:
+            return _prepare(job, options, progress)
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, most likely for memory; run the same command with fewer --workers, "
@@ -158,7 +176,7 @@ def prepare_job(job: Job, options: OutputOptions) -> list[DatasetManifest]:
         ) from None
 
 
-def _prepare(job: Job, options: OutputOptions) -> list[DatasetManifest]:
+def _prepare(job: Job, options: OutputOptions, progress: Progress) -> list[DatasetManifest]:
     plan = {
         "version": PLAN_VERSION,
         "format": options.format,
@@ -169,13 +187,12 @@ def _prepare(job: Job, options: OutputOptions) -> list[DatasetManifest]:
     if done:
         return done
     folder = work.claim(options.output, plan)
-    with _progress(options.show_progress) as progress:
-        job.make_tokenizer(folder, progress)
-        encoding = job.encoding(folder)
-        with worker_pool(encoding, options.workers) as run_bounded:
-            counts = _encode_units(job, encoding, folder, run_bounded, progress)
-            job.check(counts)
-            shards = _make_shards(counts, folder, options, run_bounded, progress)
+    job.make_tokenizer(folder, progress)
+    encoding = job.encoding(folder)
+    with worker_pool(encoding, options.workers) as run_bounded:
+        counts = _encode_units(job, encoding, folder, run_bounded, progress)
+        job.check(counts)
+        shards = _make_shards(counts, folder, options, run_bounded, progress)
     rows = job.row_format(folder)
     manifests = [
         DatasetManifest(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.compression import COMPRESSIONS, open_binary, reported
+from data_prep.progress import tracked
 from pgm_scale.errors import UserError
 from pgm_scale.files import sha256_file
 
@@ -101,20 +102,36 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
-def fingerprint_files(files: Sequence[InputFile]) -> dict[str, Any]:
-    """Count, total size and one SHA-256 over the names and contents of `files`, in order."""
+def fingerprint_files(files: Sequence[InputFile], may_be_unreadable: bool = False) -> dict[str, Any]:
+    """Count, total size and one SHA-256 over the names and contents of `files`, in order.
 
-    def line(file: InputFile) -> str:
-        with reported(file.path):
-            return f"{sha256_file(file.path)} {file.path.stat().st_size} {file.name}\n"
+    Raises:
+        UserError: a file cannot be read, unless that `may_be`: then it is one of 0 bytes that says so.
+    """
+
+    def line(file: InputFile) -> tuple[str, int]:
+        try:
+            with reported(file.path):
+                content, size_bytes = sha256_file(file.path), file.path.stat().st_size
+        except UserError:
+            if not may_be_unreadable:
+                raise
+            content, size_bytes = "unreadable", 0
+        return f"{content} {size_bytes} {file.name}\n", size_bytes
+
+    def lines() -> Iterator[tuple[str, int]]:
+        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+            for start in range(
+                0, len(files), _HASHED_AT_A_TIME
+            ):  # a million images are a million small files
+                yield from threads.map(line, files[start : start + _HASHED_AT_A_TIME])
 
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-        for start in range(0, len(files), _HASHED_AT_A_TIME):  # a million images are a million small files
-            lines = "".join(threads.map(line, files[start : start + _HASHED_AT_A_TIME]))
-            digest.update(lines.encode("utf-8", "surrogateescape"))
-    size_bytes = sum(file.path.stat().st_size for file in files)
-    return {"files": len(files), "bytes": size_bytes, "sha256": digest.hexdigest()}
+    total_bytes = 0
+    for text, size_bytes in tracked(lines(), "checking the input files", len(files)):
+        digest.update(text.encode("utf-8", "surrogateescape"))
+        total_bytes += size_bytes
+    return {"files": len(files), "bytes": total_bytes, "sha256": digest.hexdigest()}
 
 
 def read_documents(file: InputFile, reading: Reading) -> Iterator[str]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_prep.progress import tracked
 from data_prep.readers import Reading, find_files, fingerprint_files, read_documents
 from data_prep.units import Unit
 from pgm_scale.errors import UserError
@@ -118,7 +119,7 @@ class TextSource:
     def _survey(self) -> tuple[int, int]:
         """Number of documents and the lowest content hash."""
         count, lowest, highest = 0, 2**64, -1
-        for text in self._texts():
+        for text in tracked(self._texts(), "surveying the input"):
             value = content_hash(text)
             count, lowest, highest = count + 1, min(lowest, value), max(highest, value)
         if highest <= max(lowest, int(self._validation_share * 2**64)):

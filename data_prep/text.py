@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import Progress
 
 from data_prep.packing import Packing
-from data_prep.pipeline import Counts, OutputOptions, RowFormat, prepare_job
+from data_prep.pipeline import Counts, OutputOptions, RowFormat, check_shard_size, prepare_job
 from data_prep.sources import SPLITS, TRAIN, DocumentSource, units_of
 from data_prep.text_encoding import TextEncoding
 from data_prep.tokenizers import load_tokenizer, open_tokenizer, size_to_train, train_bpe, vocabulary_of
@@ -46,6 +46,8 @@ def prepare(source: DocumentSource, options: PrepareOptions) -> list[DatasetMani
     problems = options.problems()
     if problems:
         raise UserError("; ".join(problems))
+    # The tokenizer, which may still have to be trained, decides between 2 bytes a token and these 4.
+    check_shard_size(options, options.length_tokens, "uint32", labelled=False)
     return prepare_job(TextJob(source, options), options)
 
 

@@ -131,8 +131,9 @@ def write_unit(rows: UnitRows, file: Path) -> UnitCounts:
 def read_counts(file: Path) -> UnitCounts:
     with np.load(file, allow_pickle=False) as content:
         documents, rows, tokens = content["counts"].tolist()
-        rejected = tuple(Rejected(name, reason) for name, reason in json.loads(str(content["rejected"])))
-        return UnitCounts(documents, rows, tokens, rejected)
+        # Files of texts by the version before images lack it.
+        listed = json.loads(str(content["rejected"])) if "rejected" in content.files else []
+        return UnitCounts(documents, rows, tokens, tuple(Rejected(name, reason) for name, reason in listed))
 
 
 def make_shard(task: ShardTask) -> Shard:
@@ -140,13 +141,17 @@ def make_shard(task: ShardTask) -> Shard:
     from pgm_scale.data.writers import write_shard
 
     path = task.folder / task.name
+    rows = sum(last - first for _, first, last in task.parts)
     if path.exists():
-        rows = sum(last - first for _, first, last in task.parts)
         return Shard(task.name, rows, path.stat().st_size, sha256_file(path))
-    columns: dict[str, list[np.ndarray]] = {}
+    columns: dict[str, np.ndarray] = {}
+    start = 0
     for file, first, last in task.parts:
         with np.load(file, allow_pickle=False) as content:
             for name in {"tokens_RL", "valid_lengths_R", "labels_R"} & set(content.files):
-                columns.setdefault(name, []).append(content[name][first:last])
-    whole = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return write_shard(task.folder, task.name, task.format, **whole)
+                part = content[name][first:last]
+                if name not in columns:  # filled part by part: a shard of pixels may have gigabytes
+                    columns[name] = np.empty((rows, *part.shape[1:]), part.dtype)
+                columns[name][start : start + len(part)] = part
+        start += last - first
+    return write_shard(task.folder, task.name, task.format, **columns)

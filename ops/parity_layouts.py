@@ -31,7 +31,9 @@ FP32_BOUNDS: Bounds = {
 }
 # Values of bf16 are rounded to 2^-9 of themselves. How far that takes a run is measured, by one process in bf16
 # against fp32; the bounds are a few times as much, and less than what a sum makes that is forgotten or made twice.
-# Adam moves a weight whose gradient is mostly rounding by up to the learning rate a step, whichever the sign.
+# Adam moves a weight whose gradient is mostly rounding by up to the learning rate a step, whichever the sign; one
+# such sign in the first update changes the small gradients within all blocks for good. So their relative difference
+# has no bound here: 0.1 to 0.8 was seen on one process, whole batch or micro-batches.
 BF16_BOUNDS: Bounds = {
     "loss": 2**-10,
     "gradient_norm": 2**-7,
@@ -40,7 +42,6 @@ BF16_BOUNDS: Bounds = {
     "weight_rms": LEARNING_RATE / 2,
     "ema": 2 * STEPS * LEARNING_RATE,
     "exp_avg": 2**-10,
-    "exp_avg_relative": 0.5,
     "exp_avg_sq": 1e-5,
 }
 

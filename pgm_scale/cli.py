@@ -141,12 +141,10 @@ def _eval(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from pgm_scale.evaluation.run import evaluate_run
-    from pgm_scale.files import atomic_write_bytes, finite
+    from pgm_scale.files import atomic_write_bytes, check_writable, finite
 
     if options.json:
-        output = Path(options.json).absolute()
-        if output.is_dir() or not os.access(output.parent, os.W_OK):
-            raise UserError(f"--json {options.json}: give a file in a folder that can be written")
+        check_writable("--json", options.json)
     result = evaluate_run(
         options.run_folder, options.split, options.sequences, options.draws, options.batch, options.weights
     )
@@ -167,7 +165,7 @@ def _add_eval_images(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "eval-images",
         help="FID and Inception score of a run's samples, or of a VQ tokenizer's reconstructions",
-        description="Sample images from the newest good checkpoint and compare them with a reference, or, with "
+        description="Sample images from a run and compare them with a reference, or, with "
         "--vq PATH --reconstruction, a tokenizer's reconstructions with their originals. Under torchrun or srun "
         "the ranks share the work. A run that was interrupted goes on; the numbers are the same.",
     )
@@ -203,6 +201,12 @@ def _add_eval_images(commands: argparse._SubParsersAction) -> None:
         choices=("reference", "balanced"),
         help="classes in the order of the reference's rows, or in turn (default: reference, if it has labels)",
     )
+    parser.add_argument(
+        "--step",
+        type=_positive,
+        metavar="N",
+        help="checkpoint to sample from (default: the newest good one; who goes on in a work folder keeps to it)",
+    )
     parser.add_argument("--sampler", choices=("halton", "confidence"), help="(default: the run's)")
     parser.add_argument("--steps", type=_positive, help="decoding steps (default: the run's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance w (default: the run's)")
@@ -210,6 +214,9 @@ def _add_eval_images(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--temperature", type=float, help="divides the logits (default: the run's)")
     parser.add_argument("--temperature-warmup-steps", type=int, help="first steps, twice as hot")
     parser.add_argument("--choice-temperature", type=float, help="of the confidence sampler")
+    parser.add_argument(
+        "--quirks", metavar="A,B", help="deviations of the published samplers; 'none' for none"
+    )
     parser.add_argument("--top-k", type=int, help="only the k most likely codes (default: the run's)")
     parser.add_argument("--seed", type=int, default=1, help="(default 1)")
     parser.add_argument("--batch", type=_positive, default=32, help="images a forward pass (default 32)")
@@ -260,7 +267,9 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         metavar="TEMPLATE",
         help="text in which {N} stands for N tokens to generate, for example 'Return the {4} of a list.'",
     )
-    known.add_argument("--inpaint", metavar="IMAGE", help="image of which --box is to be generated")
+    known.add_argument(
+        "--inpaint", metavar="IMAGE", help="image of which --box, or all but --keep-box, is generated"
+    )
     known.add_argument("--known", metavar="FILE.npy", help="int array [rows, length], -1 where to generate")
     text = parser.add_argument_group("text only")
     text.add_argument("--format", choices=("text", "jsonl", "npy"), default="text", help="(default text)")
@@ -278,10 +287,24 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
     images.add_argument(
         "--guidance-schedule", choices=("linear", "constant"), help="linear: from 0 at the first step to W"
     )
+    images.add_argument("--temperature-warmup-steps", type=int, metavar="N", help="first steps, twice as hot")
+    images.add_argument(
+        "--choice-temperature", type=float, metavar="T", help="of the noise of the confidence sampler"
+    )
+    images.add_argument(
+        "--quirks",
+        metavar="A,B",
+        help="deviations of the published samplers: register_offset, dropout, resampled_tokens; 'none' for none",
+    )
     images.add_argument(
         "--box",
         metavar="X0,Y0,X1,Y1",
         help="pixels of the --inpaint image, when cropped to the run's size, to generate; X1 and Y1 lie outside",
+    )
+    images.add_argument(
+        "--keep-box",
+        metavar="X0,Y0,X1,Y1",
+        help="the same, to keep: only codes whose cells lie wholly in it; all else is generated",
     )
     images.add_argument("--vq", metavar="PATH", help="VQ tokenizer (default: the run's own)")
     images.add_argument("--columns", type=_positive, help="images in a row of the grid")
@@ -314,9 +337,13 @@ def _sample(options: argparse.Namespace) -> None:
             classes=options.classes,
             guidance=options.guidance,
             guidance_schedule=options.guidance_schedule,
+            temperature_warmup_steps=options.temperature_warmup_steps,
+            choice_temperature=options.choice_temperature,
+            quirks=options.quirks,
             vq_path=options.vq,
             inpaint_path=options.inpaint,
             box=options.box,
+            keep_box=options.keep_box,
             columns=options.columns,
         ),
     )

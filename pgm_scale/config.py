@@ -304,6 +304,14 @@ class CheckpointConfig:
     asynchronous: bool = True  # train while it is written, from a copy on the host (16 bytes/parameter)
 
 
+# `sampler.quirks`: the model that has it, and the samplers.
+QUIRKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "register_offset": ("partition_transformer", ("halton", "confidence")),
+    "dropout": ("partition_transformer", ("confidence",)),
+    "resampled_tokens": ("maskgit_transformer", ("halton",)),
+}
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """How to generate; which kinds fit which model is said by `pgm_scale.sampling`."""
@@ -586,18 +594,25 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def out_of_range(section: str, values: Any) -> list[str]:
+    """A line for each value of a section of the configuration, `values`, that is out of its range."""
+    problems = []
+    for name, (low, high) in _RANGES.items():
+        value = getattr(values, name.removeprefix(f"{section}."), low)
+        if not low <= value <= high or value == math.inf:  # so written, NaN fails
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            problems.append(f"{name}: {value} must be {bounds}")
+    return problems
+
+
 def inconsistencies(config: RunConfig) -> list[str]:
     """Values out of range, and what each key allows but their combination does not.
 
     What the parallel layout needs is checked by `parallel.layout.layout_problems`.
     """
     problems = []
-    for name, (low, high) in _RANGES.items():
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key, low)
-        if not low <= value <= high:  # so written, NaN fails
-            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            problems.append(f"{name}: {value} must be {bounds}")
+    for section in dataclasses.fields(config):
+        problems += out_of_range(section.name, getattr(config, section.name))
     for beta in config.optimizer.betas:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.betas: {beta} must be at least 0 and below 1")
@@ -648,9 +663,18 @@ def _image_inconsistencies(config: RunConfig) -> list[str]:
             problems.append(
                 f"model.registers: {model.registers} must be even, and 0 without model.num_classes"
             )
-    sampler = config.sampler
-    if not getattr(model, "num_classes", 0) and (sampler.guidance or sampler.quirks):
-        problems.append("sampler.guidance and sampler.quirks are for models of classes; leave them out")
+    sampler, classes = config.sampler, getattr(model, "num_classes", 0)
+    if not classes and (sampler.guidance or sampler.quirks or sampler.temperature_warmup_steps):
+        problems.append(
+            "sampler.guidance, sampler.quirks and sampler.temperature_warmup_steps are for models of classes; "
+            "leave them out"
+        )
+    problems += [
+        f"sampler.quirks: {quirk} is one of model.kind {model_kind} with sampler.kind {' or '.join(kinds)}; "
+        "leave it out"
+        for quirk, (model_kind, kinds) in QUIRKS.items()
+        if classes and quirk in sampler.quirks and (model.kind != model_kind or sampler.kind not in kinds)
+    ]
     if isinstance(model, MaskGITTransformerConfig) and model.num_classes < 1:
         problems.append(f"model.num_classes: {model.num_classes} must be at least 1")
     return problems

@@ -8,6 +8,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pgm_scale.errors import UserError
+
+
+def check_writable(option: str, path: str | Path) -> None:
+    """Refuse, before long work, a file that could not be written in the end.
+
+    Raises:
+        UserError: names the option.
+    """
+    if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+        raise UserError(f"{option} {path}: give a file in a folder that can be written")
+
 
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a file or a rename is safe only after its folder is synced."""

@@ -237,21 +237,30 @@ class LoadedRun:
 def load_run(
     folder: str | Path,
     *,
+    step: int | None = None,
     weights: Literal["ema", "weight"] = "ema",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedRun:
-    """Load the newest good checkpoint of a run; `ema` falls back to the weights of a run without an average.
+    """Load a checkpoint of a run; `ema` falls back to the weights of a run without an average.
+
+    Args:
+        step: None for the newest good one.
 
     Raises:
-        UserError: no run, no checkpoint, or one that does not fit its own configuration.
+        UserError: no run, no such checkpoint, a bad one, or one that does not fit its own configuration.
     """
     run = RunFolder(folder)
     config, identity = run.config(), run.identity()
     store = CheckpointStore(run.path)
-    step = store.newest_verified(repair=False)
     if step is None:
-        raise UserError(f"{run.path} has no checkpoint yet; train it first (pgm-scale train)")
+        step = store.newest_verified(repair=False)
+        if step is None:
+            raise UserError(f"{run.path} has no checkpoint yet; train it first (pgm-scale train)")
+    elif step in store.steps():
+        store.verify(step)
+    else:
+        raise UserError(f"{run.path} has no checkpoint of step {step}; give one of {store.steps()}")
     kind: Literal["ema", "weight"] = weights if weights in store.kinds(step) else "weight"
     model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
     tensors = store.read_full(step, kind)

@@ -189,6 +189,21 @@ def test_batches_do_not_change_an_image(config: VQModelConfig) -> None:
     assert tokenizer.decode(codes[:0]).shape == (0, *images.shape[1:])
 
 
+def test_both_ways_are_computed_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = VQTokenizer(randomised(GRAY))
+    seen: list[tuple[bool, bool]] = []
+    for name in ("encode", "decode"):
+        original = getattr(tokenizer.model, name)
+
+        def spy(batch: torch.Tensor, original: Any = original) -> torch.Tensor:
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+            return original(batch)
+
+        monkeypatch.setattr(tokenizer.model, name, spy)
+    tokenizer.decode(tokenizer.encode(_images(1, 4, 1)))
+    assert seen == [(False, True)] * 2
+
+
 def test_images_need_not_be_square() -> None:
     tokenizer = VQTokenizer(randomised(GRAY))
     image = _images(1, 16, 1)[:, :6]

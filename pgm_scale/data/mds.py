@@ -34,10 +34,13 @@ def write_mds(path: Path, rows: ShardRows) -> None:
     """
     count = len(rows.tokens_RL)
     row_dtype = _row_dtype(rows.tokens_RL.dtype.name, rows.tokens_RL.shape[1], rows.labels_R is not None)
-    columns = json.dumps(_columns(row_dtype) | {"hashes": []}, sort_keys=True).encode()
+    columns = _header_columns(row_dtype)
+    largest = _largest_rows(row_dtype)
+    if count > largest:
+        raise UserError(
+            f"{path}: {count} rows exceed the 4 GiB of an MDS shard; give --rows-per-shard {largest} or fewer"
+        )
     start_bytes = 4 + 4 * (count + 1) + len(columns)
-    if start_bytes + row_dtype.itemsize * count >= 1 << 32:
-        raise UserError(f"{path}: {count} rows exceed the 4 GiB of an MDS shard; lower --rows-per-shard")
     rows_R = np.empty(count, row_dtype)
     rows_R["tokens"] = rows.tokens_RL
     rows_R["valid_length"] = rows.valid_lengths_R
@@ -49,6 +52,19 @@ def write_mds(path: Path, rows: ShardRows) -> None:
         file.write(np.array([count, *starts], "<u4").tobytes() + columns)
         rows_R.tofile(file)
     commit(temporary, path)
+
+
+def largest_rows(length_tokens: int, token_dtype: str, labelled: bool) -> int:
+    """How many rows the format's 32-bit offsets allow in a shard."""
+    return _largest_rows(_row_dtype(token_dtype, length_tokens, labelled))
+
+
+def _largest_rows(row_dtype: np.dtype) -> int:
+    return ((1 << 32) - 1 - 4 - 4 - len(_header_columns(row_dtype))) // (4 + row_dtype.itemsize)
+
+
+def _header_columns(row_dtype: np.dtype) -> bytes:
+    return json.dumps(_columns(row_dtype) | {"hashes": []}, sort_keys=True).encode()
 
 
 def write_mds_index(folder: str | Path, manifest: DatasetManifest) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pgm_scale import config as configuration
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes, finite
+from pgm_scale.files import atomic_write_bytes, check_writable, finite
 from pgm_scale.parallel.layout import layout_problems
 from pgm_scale.parallel.unit_costs import measure_unit_costs
 from pgm_scale.planning.cluster import load_hardware
@@ -48,7 +47,7 @@ def plan(request: PlanRequest) -> None:
         UserError: bad input, or nothing fits; then it says what would help.
     """
     if request.json_path:
-        _require_writable(Path(request.json_path))
+        check_writable("--json", Path(request.json_path))
     config = configuration.load(request.config_path, request.overrides)
     hardware = load_hardware(request.cluster_path)
     gpus = request.gpus or hardware.gpus_per_node
@@ -74,13 +73,6 @@ def plan(request: PlanRequest) -> None:
     if request.json_path:
         content = to_json(chosen, built, planner, gpus)
         atomic_write_bytes(Path(request.json_path), (json.dumps(finite(content), indent=2) + "\n").encode())
-
-
-def _require_writable(path: Path) -> None:
-    """Before the work, not after it."""
-    folder = path.absolute().parent
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--json {path}: give a file in a folder that can be written")
 
 
 def _workload(config: RunConfig, request: PlanRequest) -> Workload:

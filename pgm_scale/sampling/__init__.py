@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pgm_scale.config import SamplerConfig
+from pgm_scale.config import SamplerConfig, out_of_range
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.errors import UserError
 from pgm_scale.models.autoregressive import AutoregressiveTransformer
@@ -109,7 +109,7 @@ def sample(
     _check_model(model, vocabulary, length)
     _check_request(vocabulary, length, config, known_BL, batch_sequences)
     _check_labels(model, labels_B, known_BL, vocabulary.bos_id)
-    _check_image_settings(config, model)
+    _check_settings(config, model)
     finished: list[np.ndarray] = []
     forward_passes = 0
     started_s = time.perf_counter()
@@ -218,7 +218,10 @@ def _check_request(
         )
 
 
-def _check_image_settings(config: SamplerConfig, model: nn.Module) -> None:
+def _check_settings(config: SamplerConfig, model: nn.Module) -> None:
+    problems = out_of_range("sampler", config)
+    if problems:
+        raise UserError("; ".join(problems))
     if config.kind in IMAGE_KINDS:
         check_quirks(config, model)
         return
@@ -252,6 +255,8 @@ def _check_labels(model: nn.Module, labels_B: np.ndarray | None, known_BL: np.nd
         raise UserError(
             f"rows of an image model start with BOS, {bos_id}; put it into column 0 of all known tokens"
         )
+    if (known_BL[:, 1:] == bos_id).any():
+        raise UserError(f"a known code is BOS, {bos_id}, which stands in column 0 only; give codes behind it")
 
 
 def _checked(tokens_bL: np.ndarray, mask_id: int) -> np.ndarray:

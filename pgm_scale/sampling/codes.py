@@ -12,22 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgm_scale.config import SamplerConfig
+from pgm_scale.config import QUIRKS, SamplerConfig
 from pgm_scale.errors import UserError
 from pgm_scale.models.maskgit import MaskGITTransformer
-from pgm_scale.models.partition_transformer import PartitionTransformer
 from pgm_scale.sampling.batch import SamplingBatch
 from pgm_scale.sampling.categorical import TokenDraw
 from pgm_scale.sampling.decode import DecodingStep
 from pgm_scale.sampling.guidance import GuidedRows, guidance_weights
 from pgm_scale.sampling.packed import in_equal_rows, packed_inputs, without_latest
-
-# `sampler.quirks`: the model that has it, and the sampler, where it is only one's.
-_QUIRKS: dict[str, tuple[type[torch.nn.Module], tuple[str, ...]]] = {
-    "register_offset": (PartitionTransformer, ("halton", "confidence")),
-    "dropout": (PartitionTransformer, ("confidence",)),
-    "resampled_tokens": (MaskGITTransformer, ("halton",)),
-}
 
 
 @dataclass(frozen=True)
@@ -86,12 +78,13 @@ class CodeReader:
         return GuidedRows.of(batch.labels_B[step.rows_B], weights_B, model.config.num_classes)
 
 
-def check_quirks(config: SamplerConfig, model: torch.nn.Module) -> None:
+def check_quirks(config: SamplerConfig, model: Any) -> None:
     """Refuse quirks of another model or sampler, which would change nothing."""
+    kind: str = model.config.kind
     for quirk in config.quirks:
-        model_type, kinds = _QUIRKS[quirk]
-        if not isinstance(model, model_type) or config.kind not in kinds:
+        model_kind, sampler_kinds = QUIRKS[quirk]
+        if kind != model_kind or config.kind not in sampler_kinds:
             raise UserError(
-                f"sampler.quirks {quirk} is one of a {model_type.__name__} with sampler.kind {' or '.join(kinds)}, "
-                f"not of a {type(model).__name__} with {config.kind}; leave it out"
+                f"sampler.quirks {quirk} is one of a {model_kind} with sampler.kind {' or '.join(sampler_kinds)}, "
+                f"not of a {kind} with {config.kind}; leave it out"
             )

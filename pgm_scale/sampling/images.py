@@ -7,16 +7,12 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
-from pgm_scale.config import RunConfig
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
 from pgm_scale.image_pixels import UnreadableImage, crops, decode
-from pgm_scale.run_folder import RunFolder, RunIdentity
-from pgm_scale.sampling import UNKNOWN, class_count, fitting_sampler, known_prefixes, sample
+from pgm_scale.sampling import UNKNOWN
 from pgm_scale.vq_tokenizer import VQTokenizer
 
 Box = tuple[int, int, int, int]
@@ -46,16 +42,31 @@ def codes_touching(box: Box, side_pixels: int, grid_side: int) -> np.ndarray:
     Raises:
         UserError: the box is empty or reaches out of the image.
     """
+    _check_box("--box", box, side_pixels)
     x0, y0, x1, y1 = box
-    if not (0 <= x0 < x1 <= side_pixels and 0 <= y0 < y1 <= side_pixels):
-        raise UserError(
-            f"--box {x0},{y0},{x1},{y1} must hold 0 <= x0 < x1 <= {side_pixels}, and y likewise: pixels of the "
-            f"image when cropped to {side_pixels} x {side_pixels}"
-        )
     cell = side_pixels // grid_side
     touching = np.zeros((grid_side, grid_side), bool)
     touching[y0 // cell : -(-y1 // cell), x0 // cell : -(-x1 // cell)] = True
     return touching.reshape(-1)
+
+
+def codes_within(box: Box, side_pixels: int, grid_side: int) -> np.ndarray:
+    """bool [grid_side**2]: the codes whose cells lie wholly in the box (x0, y0, x1, y1), x1 and y1 not in it.
+
+    Raises:
+        UserError: the box is empty, reaches out of the image, or holds no whole cell.
+    """
+    _check_box("--keep-box", box, side_pixels)
+    x0, y0, x1, y1 = box
+    cell = side_pixels // grid_side
+    within = np.zeros((grid_side, grid_side), bool)
+    within[-(-y0 // cell) : y1 // cell, -(-x0 // cell) : x1 // cell] = True
+    if not within.any():
+        raise UserError(
+            f"--keep-box {x0},{y0},{x1},{y1} holds no whole cell of a code, {cell} x {cell} pixels from a multiple "
+            f"of {cell} on; enlarge it"
+        )
+    return within.reshape(-1)
 
 
 def known_outside(pixels_HWC: np.ndarray, box: Box, vq: VQTokenizer, bos_id: int) -> np.ndarray:
@@ -63,6 +74,13 @@ def known_outside(pixels_HWC: np.ndarray, box: Box, vq: VQTokenizer, bos_id: int
     codes_1K = vq.encode(pixels_HWC[None])
     touching_K = codes_touching(box, len(pixels_HWC), math.isqrt(codes_1K.shape[1]))
     return np.concatenate([[[bos_id]], np.where(touching_K, UNKNOWN, codes_1K)], axis=1)
+
+
+def known_inside(pixels_HWC: np.ndarray, box: Box, vq: VQTokenizer, bos_id: int) -> np.ndarray:
+    """`known_BL` [1, L] of an image of which all but the box is to be generated."""
+    codes_1K = vq.encode(pixels_HWC[None])
+    within_K = codes_within(box, len(pixels_HWC), math.isqrt(codes_1K.shape[1]))
+    return np.concatenate([[[bos_id]], np.where(within_K, codes_1K, UNKNOWN)], axis=1)
 
 
 def decode_images(vq: VQTokenizer, tokens_BL: np.ndarray) -> np.ndarray:
@@ -111,37 +129,12 @@ def write_image_files(folder: str | Path, images_BHWC: np.ndarray, labels_B: np.
         _write(folder / f"{number:06d}_class{label}.png", image_HWC)
 
 
-def write_validation_images(
-    model: nn.Module,
-    config: RunConfig,
-    identity: RunIdentity,
-    folder: RunFolder,
-    step: int,
-    device: torch.device,
-    writes: bool,
-) -> None:
-    """`validation.samples` images of the classes in turn, as the grid `samples/step_<step>.png` of a run of codes.
-
-    Collective: all ranks generate the same images (ZeRO-3 needs them all), the one that `writes` decodes them.
-    """
-    count, length = config.validation.samples, identity.length_tokens
-    labels_B = np.arange(count) % class_count(model)
-    result = sample(
-        model,
-        identity.vocabulary,
-        length,
-        fitting_sampler(config.sampler, model),
-        known_BL=known_prefixes([[]] * count, length, identity.vocabulary.bos_id),
-        labels_B=labels_B,
-        seed=config.training.seed,
-        batch_sequences=count,
-        device=device,
-    )
-    if writes:
-        folder.samples_path.mkdir(exist_ok=True)
-        images_BHWC = decode_images(VQTokenizer.load(folder.path, device), result.tokens_BL)
-        write_image_grid(
-            folder.samples_path / f"step_{step:08d}.png", images_BHWC, math.ceil(math.sqrt(count))
+def _check_box(option: str, box: Box, side_pixels: int) -> None:
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= side_pixels and 0 <= y0 < y1 <= side_pixels):
+        raise UserError(
+            f"{option} {x0},{y0},{x1},{y1} must hold 0 <= x0 < x1 <= {side_pixels}, and y likewise: pixels of the "
+            f"image when cropped to {side_pixels} x {side_pixels}"
         )
 
 

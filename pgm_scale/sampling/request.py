@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from pgm_scale.config import QUIRKS
 from pgm_scale.errors import UserError
 from pgm_scale.sampling.output import OutputFormat
 
@@ -29,14 +30,23 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """None means the run's own setting; `box` are the pixels `x0,y0,x1,y1` of `inpaint_path` to generate."""
+    """None means the run's own setting; of `inpaint_path`, either `box` is generated or all but `keep_box`.
+
+    Attributes:
+        box, keep_box: pixels, `x0,y0,x1,y1`.
+        quirks: names between commas, or `none`.
+    """
 
     classes: list[str] | None = None
     guidance: float | None = None
     guidance_schedule: Literal["constant", "linear"] | None = None
+    temperature_warmup_steps: int | None = None
+    choice_temperature: float | None = None
+    quirks: str | None = None
     vq_path: str | None = None
     inpaint_path: str | None = None
     box: str | None = None
+    keep_box: str | None = None
     columns: int | None = None
 
 
@@ -57,6 +67,21 @@ class SampleRequest:
     weights: Literal["ema", "weight"] = "ema"
     text: TextOptions = TextOptions()
     images: ImageOptions = ImageOptions()
+
+
+def parse_quirks(text: str) -> tuple[str, ...]:
+    """`sampler.quirks` of the option `--quirks`: names between commas, or `none`, which turns off the run's.
+
+    Raises:
+        UserError: there is no such quirk.
+    """
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in QUIRKS:
+            raise UserError(
+                f"--quirks {text}: {name!r} is not one of {', '.join(QUIRKS)}; give these between commas, or none"
+            )
+    return tuple(names)
 
 
 def refuse_options(options: TextOptions | ImageOptions, run: str, content: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
 from pgm_scale.run_folder import LoadedRun, RunFolder, load_run
 from pgm_scale.sampling import SAMPLERS, SampleResult, fitting_sampler, sample
-from pgm_scale.sampling.request import SampleRequest, refuse_options
+from pgm_scale.sampling.request import SampleRequest, parse_quirks, refuse_options
 from pgm_scale.sampling.run_images import ImageJob
 from pgm_scale.sampling.run_text import TextJob
 
@@ -77,13 +78,21 @@ def _sampler(run: LoadedRun, request: SampleRequest) -> SamplerConfig:
         if request.kind not in SAMPLERS:
             raise UserError(f"--sampler {request.kind} is not one of {', '.join(SAMPLERS)}")
         config = replace(config, kind=request.kind)  # type: ignore[arg-type]
+    images = request.images
+    if images.choice_temperature is not None and config.kind != "confidence":
+        raise UserError(
+            f"--choice-temperature is of --sampler confidence, not of {config.kind}; leave it out"
+        )
     given: dict[str, Any] = {
         "steps": request.steps,
         "temperature": request.temperature,
         "top_p": request.top_p,
         "top_k": request.top_k,
-        "guidance": request.images.guidance,
-        "guidance_schedule": request.images.guidance_schedule,
+        "guidance": images.guidance,
+        "guidance_schedule": images.guidance_schedule,
+        "temperature_warmup_steps": images.temperature_warmup_steps,
+        "choice_temperature": images.choice_temperature,
+        "quirks": None if images.quirks is None else parse_quirks(images.quirks),
     }
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
@@ -91,7 +100,7 @@ def _sampler(run: LoadedRun, request: SampleRequest) -> SamplerConfig:
 def _known_tokens(path: str) -> np.ndarray:
     try:
         known_BL = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}; give an int array in .npy") from None
     if not isinstance(known_BL, np.ndarray) or not np.issubdtype(known_BL.dtype, np.integer):
         raise UserError(f"{path} does not hold one array of integers (-1 where to generate)")

@@ -14,18 +14,20 @@ import torch
 
 from pgm_scale.data.manifest import ImageContent
 from pgm_scale.errors import UserError
+from pgm_scale.files import check_writable
 from pgm_scale.run_folder import LoadedRun
 from pgm_scale.sampling import known_prefixes
 from pgm_scale.sampling.images import (
     Box,
     decode_images,
+    known_inside,
     known_outside,
     read_image,
     write_image_files,
     write_image_grid,
 )
 from pgm_scale.sampling.output import write_samples
-from pgm_scale.sampling.request import SampleRequest
+from pgm_scale.sampling.request import SampleRequest, parse_quirks
 from pgm_scale.vq_tokenizer import VQTokenizer
 
 
@@ -47,11 +49,18 @@ class ImageJob:
     def check(request: SampleRequest) -> None:
         """Refuse, before anything is loaded, what cannot be."""
         options = request.images
-        _output_kind(request.output_path)
-        if (options.inpaint_path is None) != (options.box is None):
-            raise UserError("--inpaint IMAGE and --box x0,y0,x1,y1 go together; give both or neither")
-        if options.box is not None:
-            parse_box(options.box)
+        if _output_kind(request.output_path) != "folder":
+            check_writable("--out", str(request.output_path))
+        boxes = {"--box": options.box, "--keep-box": options.keep_box}
+        given = {option: text for option, text in boxes.items() if text is not None}
+        if len(given) != (options.inpaint_path is not None):
+            raise UserError(
+                "--inpaint IMAGE and either --box or --keep-box x0,y0,x1,y1 go together; give one of each or none"
+            )
+        for option, text in given.items():
+            parse_box(text, option)
+        if options.quirks is not None:
+            parse_quirks(options.quirks)
 
     @cached_property
     def vq(self) -> VQTokenizer:
@@ -93,10 +102,13 @@ class ImageJob:
 
     def _known_of_image(self) -> np.ndarray:
         bos_id, options = self.identity.vocabulary.bos_id, self.request.images
-        if options.inpaint_path is None or options.box is None:
+        if options.inpaint_path is None:
             return known_prefixes([[]], self.identity.length_tokens, bos_id)
         pixels = read_image(options.inpaint_path, self.content.side_pixels, self.content.channels)
-        return known_outside(pixels, parse_box(options.box), self.vq, bos_id)
+        if options.box is not None:
+            return known_outside(pixels, parse_box(options.box, "--box"), self.vq, bos_id)
+        assert options.keep_box is not None, "`check` has seen to it"
+        return known_inside(pixels, parse_box(options.keep_box, "--keep-box"), self.vq, bos_id)
 
     def _columns(self, count: int) -> int:
         """By default a row of the grid for each class, or, with one image each or one class, about a square."""
@@ -113,14 +125,16 @@ def _output_kind(path: str | None) -> Literal["codes", "grid", "folder"]:
         raise UserError(
             f"--out {path}: end it in .png for a grid, in .npy for codes, or in nothing for a folder"
         )
+    if suffix == "" and Path(path).exists() and not (Path(path).is_dir() and not any(Path(path).iterdir())):
+        raise UserError(f"--out {path}: not an empty folder; give a new one")
     return "grid" if suffix == ".png" else "codes" if suffix == ".npy" else "folder"
 
 
-def parse_box(text: str) -> Box:
-    """The four whole numbers of `x0,y0,x1,y1`."""
+def parse_box(text: str, option: str) -> Box:
+    """The four whole numbers of `x0,y0,x1,y1`, as given to the option."""
     numbers = text.split(",")
     if len(numbers) != 4 or not all(_is_number(number.strip()) for number in numbers):
-        raise UserError(f"--box {text}: give four whole numbers, x0,y0,x1,y1 in pixels")
+        raise UserError(f"{option} {text}: give four whole numbers, x0,y0,x1,y1 in pixels")
     x0, y0, x1, y1 = (int(number) for number in numbers)
     return x0, y0, x1, y1
 

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pgm_scale.errors import UserError
+from pgm_scale.files import check_writable
 from pgm_scale.run_folder import LoadedRun
 from pgm_scale.sampling import UNKNOWN, known_prefixes
 from pgm_scale.sampling.output import load_tokenizer, render_samples, write_samples
@@ -29,6 +30,8 @@ class TextJob:
         """Refuse, before anything is loaded, what cannot be."""
         if request.text.output_format == "npy" and request.output_path is None:
             raise UserError("npy samples cannot be printed; add --out FILE")
+        if request.output_path is not None:
+            check_writable("--out", request.output_path)
 
     def inputs(self, known_BL: np.ndarray | None) -> tuple[np.ndarray, None]:
         """`known_BL` of all samples: the given one's, the template's or the prompts', each `count` times."""

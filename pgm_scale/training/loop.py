@@ -88,6 +88,8 @@ def train_on_mesh(
 ) -> None:
     """`train`, once the ranks are connected; rank 0 holds the folder's `lock`. Collective."""
     mesh = mesh.arranged(config.parallel)
+    # Convolutions, which only a VQ model has: in fp32 if that is asked for, and the same sums on every run.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     run = RunFolder(config.folder)
     peers = Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress)
     identity: RunIdentity = peers.first(
@@ -318,7 +320,9 @@ class TrainingRun:
                 sum_over_ranks=mesh.sum,
             )
             if config.validation.samples:
-                write_validation_samples(model, config, self.identity, self.folder, step, mesh)
+                write_validation_samples(
+                    model, config, self.identity, self.folder, step, mesh.device, self.store.peers
+                )
         self.console.say(f"step {step}: {validation_summary(result, self.objective)}")
         return validation_metrics(result, self.objective)
 

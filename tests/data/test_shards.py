@@ -119,10 +119,25 @@ def test_mds_equals_the_library(
 
 
 def test_mds_beyond_its_offsets_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    tokens_RL = np.broadcast_to(np.uint16(3), (2_100_000, 1024))
-    with pytest.raises(UserError, match=r"2100000 rows exceed the 4 GiB.*--rows-per-shard"):
-        mds.write_mds(tmp_path / "shard", ShardRows(tokens_RL, np.broadcast_to(np.uint32(1), 2_100_000)))
+    largest = mds.largest_rows(1024, "uint16", labelled=False)
+    tokens_RL = np.broadcast_to(np.uint16(3), (largest + 1, 1024))
+    message = rf"{largest + 1} rows exceed the 4 GiB.*--rows-per-shard {largest} or fewer"
+    with pytest.raises(UserError, match=message):
+        mds.write_mds(tmp_path / "shard", ShardRows(tokens_RL, np.broadcast_to(np.uint32(1), largest + 1)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_largest_mds_shard_ends_just_below_4_gib(tmp_path: Path, labelled: bool) -> None:
+    """By what a small one needs: its header's text, and for each row 4 bytes of offset and the row itself."""
+    labels_R = np.zeros(1, np.uint32) if labelled else None
+    mds.write_mds(
+        tmp_path / "one", ShardRows(np.zeros((1, 1024), np.uint16), np.ones(1, np.uint32), labels_R)
+    )
+    row_bytes = 4 + 1024 * 2 + 4 + (4 if labelled else 0)
+    fixed_bytes = (tmp_path / "one").stat().st_size - row_bytes
+    largest = mds.largest_rows(1024, "uint16", labelled)
+    assert fixed_bytes + largest * row_bytes < 1 << 32 <= fixed_bytes + (largest + 1) * row_bytes
 
 
 def test_streaming_reads_our_mds_folder(tmp_path: Path) -> None:

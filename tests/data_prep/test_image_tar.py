@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, **fields: ob
         (header("9.jpg", size=-1), "'9.jpg' declares -1 bytes"),
         (header("@LongLink", tarfile.GNUTYPE_LONGNAME, 1 << 32), "'@LongLink' declares 4294967296 bytes"),
         (header("x", tarfile.XHDTYPE, 1 << 33), "'x' declares 8589934592 bytes"),
+        (header("x", tarfile.XGLTYPE, 512), "'x' is a global pax header"),
     ],
 )
 def test_hostile_members_are_refused_by_name(tmp_path: Path, last: tarfile.TarInfo, named: str) -> None:
@@ -156,9 +158,63 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
         ([("0.jpg", b"x"), ("0.json", b'{"label": "cat"}')], "sample '0' has no readable label"),
         ([("0.jpg", b"x"), ("0.json", b'{"label": true}')], "True is not a whole number"),
         ([("0.jpg", b"x"), ("0.png", b"x"), ("0.cls", b"1")], "sample '0' has two images"),
+        ([("0.jpg", b"x"), ("0.cls", b"1"), ("0.cls", b"2")], "sample '0' has two labels"),
+        ([("0.jpg", b"x"), ("0.json", b"1"), ("0.JSON", b"2")], r"two labels, the second is '0\.JSON'"),
+        ([("i.v2.jpg", b"x"), ("i.v2.cls", b"1")], r"sample 'i' has no .*\(it has 'i\.v2\.jpg'"),
+        ([("0.webp", b"x"), ("0.txt", b"1")], r"sample '0' has no .*\(it has '0\.webp'"),
+        ([("0.jpg", b"x"), ("0.v2.cls", b"1")], "sample '0' has no label"),
     ],
 )
 def test_incomplete_samples_are_named(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         read(tmp_path / "a.tar", archive(members))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_comes_again_is_named(tmp_path: Path) -> None:
+    again = [*MEMBERS, ("train/1.jpg", JPEGS[0]), ("train/1.cls", b"1")]
+    with pytest.raises(UserError, match=r"sample 'train/1' comes again with 'train/1\.jpg'"):
+        read(tmp_path / "a.tar", archive(again))
+    hidden = [("train/._1.jpg", b"of another system"), *MEMBERS]
+    assert read(tmp_path / "a.tar", archive(hidden)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)]
+)
+def test_nothing_may_follow_the_end(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    """Two archives in one file, and a header in the middle that was overwritten with zeros."""
+    path = tmp_path / f"a.tar{suffix}"
+    content = archive(MEMBERS, format=tarfile.USTAR_FORMAT)
+    assert read(path, pack(content + bytes(1_000_000))) == EXPECTED
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        middle = tar.getmembers()[5].offset
+    zeroed = content[:middle] + bytes(512) + content[middle + 512 :]
+    far = content + bytes(1_000_000) + b"x"
+    for damaged in (content + archive([("9.jpg", JPEGS[0]), ("9.cls", b"1")]), zeroed, far):
+        with pytest.raises(UserError, match=r"a\.tar.*: more follows its end") as caught:
+            read(path, pack(damaged))
+        assert str(caught.value).startswith(str(path))
+
+
+def pax(content: bytes) -> bytes:
+    """An extended header, which speaks of the member after it."""
+    return header("x", tarfile.XHDTYPE, len(content)).tobuf() + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pax(b"22 GNU.sparse.map=a,b\n") + header("9.jpg").tobuf(),  # ValueError
+        pax(b"99999999999999999999 path=9\n") + header("9.jpg").tobuf(),  # OverflowError
+        pax(b"20 hdrcharset=\xff\xfe\n") + header("9.jpg").tobuf(),  # UnicodeDecodeError
+        pax(b"10 path=9\n") * 2000 + header("9.jpg").tobuf(),  # RecursionError
+    ],
+    ids=["value", "overflow", "unicode", "recursion"],
+)
+def test_whatever_tarfile_stumbles_over_is_refused(tmp_path: Path, headers: bytes) -> None:
+    content = archive(MEMBERS, format=tarfile.USTAR_FORMAT).rstrip(b"\0")
+    content += bytes(-len(content) % 512)
+    with pytest.raises(UserError, match=r"a\.tar: it has a header that cannot be read \(\w+Error") as caught:
+        read(tmp_path / "a.tar", content + headers + bytes(1024))
     assert "\n" not in str(caught.value)

@@ -1,14 +1,19 @@
 """Whole preparations of images: what is in the shards, what is left out, and that nothing else decides it."""
 
 import dataclasses
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.progress import Progress
 
+from data_prep import pipeline
 from data_prep.image_sources import ImageSource, open_images
 from data_prep.images import prepare_images, read_rejected
 from data_prep.units import Unit, UnitRows
@@ -232,3 +237,49 @@ def test_the_commands(
             run_command(
                 "imagenet-vq", "--output", tmp_path / "x", *common, "--vq", tokenizer[0], "--device", "cuda"
             )
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_files_that_cannot_be_read_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dangling link, and bytes of no encoding in the name of a damaged file, which the last line prints."""
+    folder = write_folder(tmp_path / "in", 30)
+    link = folder / "ant" / "link.jpg"
+    link.symlink_to(tmp_path / "absent.jpg")
+    Path(os.fsdecode(os.fsencode(folder / "bee") + b"/bad\xff.jpg")).write_bytes(b"not an image")
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, unlike pytest's
+    monkeypatch.setattr(sys, "stdout", screen)
+    arguments = ("--input", folder, "--size", 16, "--validation-share", 0.2, "--max-corrupt-share", 0.1)
+    run_command("images", "--output", tmp_path / "out", *arguments)
+    screen.seek(0)
+    last = screen.read().splitlines()[-1]
+    assert last.startswith("left out 2 unreadable image(s)")
+    assert "ant/link.jpg (cannot read it: No such file or directory)" in last
+    assert "bee/bad\\udcff.jpg (not an image of a known kind)" in last
+    reasons = {entry.name: entry.reason for entry in read_rejected(tmp_path / "out")}
+    assert reasons.keys() == {"ant/link.jpg", "bee/bad\udcff.jpg"}
+    run_command("images", "--output", tmp_path / "out", *arguments)  # is complete
+    (tmp_path / "absent.jpg").write_bytes((folder / "ant" / "000.jpg").read_bytes())
+    with pytest.raises(UserError, match="prepared differently"):
+        run_command("images", "--output", tmp_path / "out", *arguments)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_every_pass_over_the_images_has_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "in", 30)
+    progress = Progress(disable=True)
+    monkeypatch.setattr(pipeline, "_progress", lambda shown: progress)
+    prepare_images(source(folder), options(tmp_path / "out", **PLAIN))
+    bars = [(task.description, task.completed, task.total) for task in progress.tasks]
+    assert bars[:3] == [
+        ("checking the input files", 30, 30),
+        ("surveying the images", 30, 30),
+        ("reading images", 30, 30),
+    ]
+
+
+def test_shards_beyond_the_format_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", 3)
+    large = options(tmp_path / "out", size=1200, format="mds", rows_per_shard=1024)
+    with pytest.raises(UserError, match=r"--rows-per-shard 1024: .*; give --rows-per-shard 994 or fewer"):
+        prepare_images(source(folder), large)
+    assert not (tmp_path / "out").exists()

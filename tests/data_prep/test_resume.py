@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.progress import Progress
 
+from data_prep import pipeline, units
 from data_prep.sources import UnitSize
 from data_prep.text import prepare
 from data_prep.tokenizers import train_bpe
+from pgm_scale.data.writers import write_shard
 from pgm_scale.errors import UserError
 from tests.data_prep.conftest import tree
 from tests.data_prep.small_run import SmallUnits, options, source
@@ -149,3 +153,51 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_unit_files_of_the_version_before_images_are_taken(text_folder, tmp_path, monkeypatch):
+    """They list nothing that was left out; and are not encoded again."""
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    prepare(source(text_folder), options(whole))
+    with monkeypatch.context() as context:
+        context.setattr(pipeline, "_make_shards", raise_crash)
+        with pytest.raises(Crash):
+            prepare(source(text_folder), options(output))
+    files = sorted((output / ".prepare" / "units").iterdir())
+    assert len(files) > 10
+    for file in files:
+        with np.load(file) as content:
+            older = {name: content[name] for name in content.files if name != "rejected"}
+        np.savez(file, **older)
+    monkeypatch.setattr(units, "write_unit", raise_crash)
+    prepare(source(text_folder), options(output))
+    assert tree(output) == tree(whole)
+
+
+def raise_crash(*arguments) -> None:
+    raise Crash
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_every_pass_over_the_text_has_a_bar(text_folder, tmp_path, monkeypatch):
+    progress = Progress(disable=True)
+    monkeypatch.setattr(pipeline, "_progress", lambda shown: progress)
+    prepare(source(text_folder), options(tmp_path / "out"))
+    bars = [(task.description, task.completed, task.total) for task in progress.tasks]
+    assert {("checking the input files", 120, 120), ("surveying the input", 120, 120)} < set(bars)
+
+
+def test_a_shard_is_filled_from_parts_of_units(tmp_path):
+    """Rows of the middle of one unit to the middle of another, in order; then as it is."""
+    tokens_RL = np.arange(60, dtype=np.uint16).reshape(10, 6)
+    lengths_R, labels_R = np.arange(1, 11) % 6 + 1, np.arange(10)
+    for number, rows in enumerate((slice(0, 3), slice(3, 7), slice(7, 10))):
+        unit = units.UnitRows(1, tokens_RL[rows], lengths_R[rows], labels_R[rows])
+        units.write_unit(unit, tmp_path / f"{number}.npz")
+    parts = ((tmp_path / "0.npz", 2, 3), (tmp_path / "1.npz", 0, 4), (tmp_path / "2.npz", 0, 2))
+    shard = units.make_shard(units.ShardTask(tmp_path, "ours.mds", "mds", parts))
+    expected = write_shard(tmp_path, "whole.mds", "mds", tokens_RL[2:9], lengths_R[2:9], labels_R[2:9])
+    assert (shard.rows, shard.bytes, shard.sha256) == (7, expected.bytes, expected.sha256)
+    task = units.ShardTask(tmp_path, "ours.mds", "mds", parts)
+    assert units.make_shard(task) == shard  # which is there already

@@ -85,10 +85,10 @@ HALTON: dict[str, Any] = {"kind": "halton", "steps": 2}
         ("pgm", {"kind": "pgm_uniform", "guidance": 1.0}, "sampler.guidance needs"),
         ("pgm", {"kind": "pgm_uniform", "temperature_warmup_steps": 1}, "temperature_warmup_steps needs"),
         ("maskgit", {"kind": "pgm_uniform"}, "choose one of halton, confidence"),
-        ("maskgit", HALTON | {"quirks": ("register_offset",)}, "one of a PartitionTransformer"),
+        ("maskgit", HALTON | {"quirks": ("register_offset",)}, "one of a partition_transformer"),
         ("maskgit", {"kind": "confidence", "quirks": ("resampled_tokens",)}, "with sampler.kind halton"),
         ("pgm", HALTON | {"quirks": ("dropout",)}, "with sampler.kind confidence"),
-        ("pgm", HALTON | {"quirks": ("resampled_tokens",)}, "one of a MaskGITTransformer"),
+        ("pgm", HALTON | {"quirks": ("resampled_tokens",)}, "one of a maskgit_transformer"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_message(name: str, config: dict[str, Any], message: str) -> None:

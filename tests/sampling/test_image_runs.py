@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pgm_scale.cli import main
-from pgm_scale.config import RunConfig, inconsistencies
+from pgm_scale.config import inconsistencies
 from pgm_scale.errors import UserError
-from pgm_scale.run_folder import RunFolder, load_run
-from pgm_scale.sampling.images import write_validation_images
+from pgm_scale.run_folder import load_run
+from pgm_scale.sampling import known_prefixes, sample
+from pgm_scale.sampling.request import parse_quirks
 from pgm_scale.sampling.run_images import class_numbers
 from tests.sampling.image_runs import BOS, CLASS_NAMES, CODEBOOK, LENGTH, MODELS, random_vq, write_image_run
 from tests.tiny_data import tiny_config
@@ -67,7 +67,7 @@ def test_grids_and_folders_hold_the_decoded_codes(run, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "all" / names[4])), images[4])
 
 
-def test_inpainting_keeps_the_codes_outside_the_box(run, tmp_path):
+def test_inpainting_keeps_the_codes_outside_the_box_or_inside_the_box_to_keep(run, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     given = ["--inpaint", str(tmp_path / "image.png"), "--box", "2,2,6,5", "--count", "3", "--classes", "2"]
@@ -79,11 +79,52 @@ def test_inpainting_keeps_the_codes_outside_the_box(run, tmp_path):
     assert (tokens_BL[:, 1:][:, kept] == known_K[kept]).all()
     assert (tokens_BL[0] != tokens_BL[1]).any()
 
+    given[2:4] = ["--keep-box", "2,2,6,5"]  # its third row of pixels is half a cell
+    tokens_BL = codes(run, tmp_path / "c.npy", *given)
+    kept = np.isin(np.arange(16), [5, 6])
+    assert (tokens_BL[:, 1:][:, kept] == known_K[kept]).all()
+    assert (tokens_BL[:, 1:][:, ~kept] != known_K[~kept]).any(axis=0).all()
+
     known_BL = np.where(np.arange(LENGTH) % 2, -1, np.arange(LENGTH) % CODEBOOK)[None]
     known_BL[:, 0] = BOS
     np.save(tmp_path / "known.npy", known_BL)
     tokens_BL = codes(run, tmp_path / "b.npy", "--known", str(tmp_path / "known.npy"), "--classes", "0")
     assert (tokens_BL[known_BL >= 0] == known_BL[known_BL >= 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "given", "value"),
+    [
+        ("halton", "temperature_warmup_steps", "3", 3),
+        ("confidence", "choice_temperature", "0", 0.0),
+        ("halton", "quirks", "register_offset", ("register_offset",)),
+        ("confidence", "quirks", "register_offset, dropout", ("register_offset", "dropout")),
+    ],
+)
+def test_options_of_image_samplers_are_settings_of_the_run(pgm_run, sampler, name, given, value, tmp_path):
+    arguments = ["--sampler", sampler, "--classes", "0", "--count", "4"]
+    without_BL = codes(pgm_run, tmp_path / "a.npy", *arguments)
+    given_BL = codes(pgm_run, tmp_path / "b.npy", *arguments, f"--{name.replace('_', '-')}", given)
+    assert (given_BL != without_BL).any()
+    loaded = load_run(pgm_run)
+    config = replace(loaded.config.sampler, kind=sampler, **{name: value})
+    result = sample(
+        loaded.model,
+        loaded.identity.vocabulary,
+        LENGTH,
+        config,
+        known_BL=known_prefixes([[]] * 4, LENGTH, BOS),
+        labels_B=np.zeros(4, np.int64),
+        seed=1,
+        batch_sequences=4,
+        device="cpu",
+    )
+    np.testing.assert_array_equal(given_BL, result.tokens_BL)
+
+
+def test_quirks_are_names_or_none():
+    assert parse_quirks("dropout,register_offset") == ("dropout", "register_offset")
+    assert parse_quirks("none") == ()
 
 
 def test_the_tokenizer_may_be_given_and_must_be_the_runs(pgm_run, tmp_path, capsys):
@@ -107,7 +148,17 @@ def test_the_tokenizer_may_be_given_and_must_be_the_runs(pgm_run, tmp_path, caps
         (["--classes", "3", "--out", "a.png"], "--classes 3: the run has no such class"),
         (["--classes", "goldfisch", "--out", "a.png"], "did you mean goldfish?"),
         (["--box", "0,0,1,1", "--out", "a.png"], "go together"),
+        (["--inpaint", "absent.png", "--out", "a.png"], "go together"),
+        (["--keep-box", "0,0,1,1", "--out", "a.png"], "go together"),
+        (["--inpaint", "a", "--box", "0,0,1,1", "--keep-box", "0,0,1,1", "--out", "a"], "give one of each"),
         (["--inpaint", "absent.png", "--box", "0,0,1", "--out", "a.png"], "--box 0,0,1: give four"),
+        (["--inpaint", "absent.png", "--keep-box", "0", "--out", "a.png"], "--keep-box 0: give four"),
+        (["--quirks", "dropuot", "--out", "a.npy"], "--quirks dropuot: 'dropuot' is not one of"),
+        (["--quirks", "", "--out", "a.npy"], "'' is not one of register_offset, dropout"),
+        (["--quirks", "dropout", "--out", "a.npy"], "with sampler.kind confidence"),
+        (["--temperature-warmup-steps", "-1", "--out", "a.npy"], "must be at least 0"),
+        (["--sampler", "confidence", "--choice-temperature", "nan", "--out", "a.npy"], "must be at least 0"),
+        (["--choice-temperature", "1", "--out", "a.npy"], "--sampler confidence, not of halton; leave"),
         (["--inpaint", "absent.png", "--box", "0,0,1,1", "--out", "a.npy"], "absent.png: cannot be read"),
         (["--sampler", "ancestral", "--out", "a.npy"], "choose one of halton, confidence"),
         (["--sampler", "pgm_uniform", "--guidance", "1", "--out", "a.npy"], "sampler.guidance needs kind"),
@@ -131,16 +182,17 @@ def test_the_run_of_a_tokenizer_is_not_sampled_from(tmp_path, capsys):
 
 def test_options_of_images_are_refused_for_texts(tmp_path, capsys):
     run = write_image_run(tmp_path, tokens=None)
-    assert main(["sample", str(run), "--classes", "0", "--guidance", "1", "--vq", "x"]) == 2
-    assert "for which there is no --classes, --guidance, --vq; leave that out" in capsys.readouterr().err
+    given = ["--classes", "0", "--guidance", "1", "--vq", "x", "--quirks", "dropout"]
+    assert main(["sample", str(run), *given]) == 2
+    assert "there is no --classes, --guidance, --quirks, --vq; leave that out" in capsys.readouterr().err
 
 
 def test_guidance_of_a_model_without_classes_is_refused_with_its_configuration():
     config = tiny_config(Path("data"), Path("run"))
     assert inconsistencies(config) == []
-    for setting in ({"guidance": 1.0}, {"quirks": ("dropout",)}):
+    for setting in ({"guidance": 1.0}, {"quirks": ("dropout",)}, {"temperature_warmup_steps": 1}):
         (problem,) = inconsistencies(replace(config, sampler=replace(config.sampler, **setting)))
-        assert "sampler.guidance and sampler.quirks" in problem
+        assert "sampler.guidance, sampler.quirks and" in problem
 
 
 @pytest.mark.parametrize(
@@ -160,15 +212,3 @@ def test_classes_are_numbers_or_names(given, expected):
 def test_classes_that_are_not_there_are_refused(given):
     with pytest.raises(UserError, match="no such class"):
         class_numbers([given], CLASS_NAMES)
-
-
-def test_validation_writes_a_grid_of_the_classes_in_turn(run):
-    loaded, folder = load_run(run), RunFolder(run)
-    config: RunConfig = loaded.config
-    assert config.validation.samples == 1
-    for writes in (False, True):
-        write_validation_images(
-            loaded.model, config, loaded.identity, folder, 12, torch.device("cpu"), writes=writes
-        )
-        assert (folder.samples_path / "step_00000012.png").exists() == writes
-    assert Image.open(folder.samples_path / "step_00000012.png").size == (64, 64)

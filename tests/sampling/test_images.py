@@ -9,7 +9,9 @@ from PIL import Image
 from pgm_scale.errors import UserError
 from pgm_scale.sampling.images import (
     codes_touching,
+    codes_within,
     image_grid,
+    known_inside,
     known_outside,
     read_image,
     write_image_files,
@@ -32,17 +34,40 @@ def test_a_box_touches_the_cells_with_which_it_shares_a_pixel(box):
     assert set(np.flatnonzero(codes_touching(box, side, grid_side)).tolist()) == expected
 
 
+@pytest.mark.parametrize("box", [(0, 0, 4, 4), (3, 4, 8, 9), (4, 1, 12, 11), (1, 0, 11, 12), (0, 0, 12, 12)])
+def test_a_box_holds_the_cells_of_which_no_pixel_is_outside(box):
+    side, grid_side = 12, 3
+    x0, y0, x1, y1 = box
+    cut = {
+        (y * grid_side // side) * grid_side + x * grid_side // side
+        for y in range(side)
+        for x in range(side)
+        if not (x0 <= x < x1 and y0 <= y < y1)
+    }
+    assert set(np.flatnonzero(codes_within(box, side, grid_side)).tolist()) == set(range(9)) - cut
+
+
 @pytest.mark.parametrize("box", [(0, 0, 13, 1), (-1, 0, 1, 1), (4, 4, 4, 5), (5, 4, 4, 5)])
 def test_a_box_that_is_not_in_the_image_is_refused(box):
-    with pytest.raises(UserError, match=r"--box .* must hold"):
+    with pytest.raises(UserError, match=r"^--box .* must hold"):
         codes_touching(box, 12, 3)
+    with pytest.raises(UserError, match=r"^--keep-box .* must hold"):
+        codes_within(box, 12, 3)
 
 
-def test_what_is_known_of_an_image_are_its_codes_outside_the_box():
+@pytest.mark.parametrize("box", [(0, 0, 3, 12), (1, 1, 7, 12), (5, 5, 6, 6)])
+def test_a_box_without_a_whole_cell_keeps_nothing_and_is_refused(box):
+    with pytest.raises(UserError, match=r"holds no whole cell of a code, 4 x 4 pixels.*; enlarge it"):
+        codes_within(box, 12, 3)
+
+
+def test_what_is_known_of_an_image_are_its_codes_outside_or_inside_the_box():
     vq, pixels = random_vq(), np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    known_1L = known_outside(pixels, (3, 0, 5, 2), vq, BOS)
     codes_K = vq.encode(pixels[None])[0]
+    known_1L = known_outside(pixels, (3, 0, 5, 2), vq, BOS)
     assert known_1L.tolist() == [[BOS, codes_K[0], -1, -1, *codes_K[3:]]]
+    known_1L = known_inside(pixels, (1, 0, 6, 3), vq, BOS)
+    assert known_1L.tolist() == [[BOS, -1, *codes_K[1:3], *[-1] * 13]]
 
 
 def test_images_are_scaled_and_their_centre_is_cut_out(tmp_path: Path) -> None:

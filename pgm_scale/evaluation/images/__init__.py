@@ -8,6 +8,7 @@ The way of an image, each step one file:
     moments     features -> mean and covariance, in the order of the chunks
     frechet, inception_score, classifier    the numbers
     generation  codes of samples, by their numbers
+    work        the work folder: locks, the step that ranks agree on, whole files
     statistics  mean and covariance of a reference in a file
     run         what `pgm-scale eval-images` does, and `command` its options and results
 

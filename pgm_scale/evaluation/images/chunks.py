@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from pgm_scale.errors import HungRankError, UserError
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.evaluation.images.work import write_file
 from pgm_scale.parallel.launch import Launch
 
 Columns = dict[str, np.ndarray]  # by name, one row an image
@@ -66,10 +66,10 @@ class ChunkFolder:
         return columns
 
     def write(self, chunk: range, columns: Columns) -> None:
-        """Whole or not at all."""
+        """Whole or not at all. Raises: UserError: disk full, no permission, ..."""
         assert all(len(column) == len(chunk) for column in columns.values())
         contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
-        atomic_write_bytes(self._file(chunk), save(contiguous))
+        write_file(self._file(chunk), save(contiguous))
 
     def __iter__(self) -> Iterator[Columns]:
         """All chunks in order."""
@@ -119,12 +119,12 @@ class ChunkFolder:
     def _create(self, launch: Launch) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if launch.rank == 0:
-                atomic_write_bytes(self.path / "identity.json", self._identity.encode())
         except OSError as error:
             raise UserError(
                 f"--work: cannot write {self.path} ({error.strerror}); choose another folder"
             ) from None
+        if launch.rank == 0:
+            write_file(self.path / "identity.json", self._identity.encode())
 
     def _file(self, chunk: range) -> Path:
         return self.path / f"{chunk.start:08d}-{chunk.stop:08d}.safetensors"

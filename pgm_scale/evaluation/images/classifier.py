@@ -10,21 +10,26 @@ import numpy as np
 from pgm_scale.errors import UserError
 
 
+def require_scikit_learn() -> None:
+    """Raises: UserError: it is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "the classifier needs scikit-learn; install it with pip install 'pgm-scale[images]'"
+        ) from None
+
+
 class LightClassifier:
     """Multinomial logistic regression of standardised features; seconds for thousands of images of ten classes."""
 
     def __init__(self, features_BF: np.ndarray, labels_B: np.ndarray) -> None:
-        """Fit. Raises: UserError: one class only, or scikit-learn is not installed."""
-        try:
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.pipeline import make_pipeline
-            from sklearn.preprocessing import StandardScaler
-        except ImportError:
-            raise UserError(
-                "the classifier needs scikit-learn; install it with pip install 'pgm-scale[images]'"
-            ) from None
-        if len(np.unique(labels_B)) < 2:
-            raise UserError("the images for the classifier are all of one class; give more of the split")
+        """Fit; the labels are of at least two classes. Raises: UserError: scikit-learn is not installed."""
+        require_scikit_learn()
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         self._model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # not converged to the last digit is good enough

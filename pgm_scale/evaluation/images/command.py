@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.run import (
@@ -16,8 +17,10 @@ from pgm_scale.evaluation.images.run import (
     evaluate_images,
     evaluate_reconstruction,
 )
-from pgm_scale.files import atomic_write_bytes, finite
+from pgm_scale.evaluation.images.work import write_file
+from pgm_scale.files import check_writable, finite
 from pgm_scale.parallel.launch import Launch
+from pgm_scale.sampling.request import parse_quirks
 
 _SAMPLER_FIELDS = (
     "steps",
@@ -34,12 +37,12 @@ def eval_images(options: argparse.Namespace, launch: Launch) -> None:
     """Evaluate, and on rank 0 write the result as JSON and print one line of it.
 
     Raises:
-        UserError: bad input.
+        UserError: bad input, or too little memory on the GPU.
     """
     output = Path(options.out).absolute()
-    _check_writable("--out", output)
+    check_writable("--out", output)
     if options.save_reference:
-        _check_writable("--save-reference", Path(options.save_reference).absolute())
+        check_writable("--save-reference", Path(options.save_reference).absolute())
     comparison = Comparison(
         reference=options.reference,
         work=Path(options.work or f"{output}.work"),
@@ -49,9 +52,15 @@ def eval_images(options: argparse.Namespace, launch: Launch) -> None:
         batch_images=options.batch,
         timeout_s=options.timeout,
     )
-    result = _evaluate(options, comparison, launch)
+    try:
+        result = _evaluate(options, comparison, launch)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--batch {options.batch}: the GPU is out of memory; lower --batch and start again, "
+            "which keeps what is done"
+        ) from None
     if result is not None:
-        atomic_write_bytes(output, (json.dumps(finite(result), indent=2) + "\n").encode())
+        write_file(output, (json.dumps(finite(result), indent=2) + "\n").encode())
         print(summary(result))
 
 
@@ -65,6 +74,7 @@ def _evaluate(options: argparse.Namespace, comparison: Comparison, launch: Launc
     if not options.run_folder:
         raise UserError("give the folder of a run to sample from, or --vq PATH --reconstruction")
     settings = {name: getattr(options, name) for name in _SAMPLER_FIELDS} | {"kind": options.sampler}
+    settings["quirks"] = None if options.quirks is None else parse_quirks(options.quirks)
     request = SamplingRequest(
         count=options.count,
         settings={name: value for name, value in settings.items() if value is not None},
@@ -74,6 +84,7 @@ def _evaluate(options: argparse.Namespace, comparison: Comparison, launch: Launc
         seed=options.seed,
         precision=options.precision,
         weights=options.weights,
+        step=options.step,
     )
     return evaluate_images(options.run_folder, request, comparison, launch)
 
@@ -87,8 +98,3 @@ def summary(result: dict[str, Any]) -> str:
         if math.isfinite(value) and not name.endswith("_standard_deviation")
     ]
     return f"{result['count']:,} images against {result['reference']['name']}: {', '.join(shown)}"
-
-
-def _check_writable(option: str, path: Path) -> None:
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: give a file in a folder that can be written")

@@ -34,11 +34,12 @@ class Labels:
 
 
 class ImageSampler:
-    """A run's newest good checkpoint, and how to sample from it."""
+    """A checkpoint of a run, and how to sample from it."""
 
     def __init__(
         self,
         folder: str,
+        step: int,
         settings: dict[str, Any],
         seed: int,
         batch_images: int,
@@ -49,10 +50,10 @@ class ImageSampler:
         """`settings` are fields of SamplerConfig that replace the run's own.
 
         Raises:
-            UserError: no run, no checkpoint, or not one of a class-conditional model of images.
+            UserError: no run, no such checkpoint, or not one of a class-conditional model of images.
         """
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.run: LoadedRun = load_run(folder, weights=weights, device=device, dtype=dtype)
+        self.run: LoadedRun = load_run(folder, step=step, weights=weights, device=device, dtype=dtype)
         self.classes = class_count(self.run.model)
         if not self.classes:
             raise UserError(
@@ -82,20 +83,16 @@ class ImageSampler:
 
         Args:
             order: None for the reference's, if it has labels.
+            reference: of the run's classes.
 
         Raises:
-            UserError: the reference has no labels, or classes that the model has not.
+            UserError: the reference has no labels.
         """
         if order == "balanced" or (order is None and reference is None):
             return Labels(lambda numbers_B: numbers_B % self.classes, f"balanced over {self.classes}")
         if reference is None:
             raise UserError(
                 "--labels reference needs a reference with labels, a split; use --labels balanced"
-            )
-        if reference.classes > self.classes:
-            raise UserError(
-                f"{reference.name} has {reference.classes} classes, the model {self.classes}; give its own data, "
-                "or --labels balanced"
             )
         split = reference
         return Labels(

@@ -12,7 +12,7 @@ import torch
 
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.chunks import ChunkFolder, Columns
-from pgm_scale.evaluation.images.classifier import LightClassifier
+from pgm_scale.evaluation.images.classifier import LightClassifier, require_scikit_learn
 from pgm_scale.evaluation.images.features import FeatureKind, ImageFeatures, describe, open_features
 from pgm_scale.evaluation.images.frechet import frechet_distance
 from pgm_scale.evaluation.images.generation import ImageSampler, LabelOrder, Precision
@@ -28,8 +28,10 @@ from pgm_scale.evaluation.images.sources import (
     vq_sha256,
 )
 from pgm_scale.evaluation.images.statistics import read_statistics, write_statistics
+from pgm_scale.evaluation.images.work import chosen_step, only_process
 from pgm_scale.files import sha256_file
 from pgm_scale.parallel.launch import Launch
+from pgm_scale.run_folder import RunFolder, RunIdentity
 from pgm_scale.vq_tokenizer import VQTokenizer
 
 CHUNK_IMAGES = 256
@@ -45,7 +47,7 @@ class Comparison:
         reference: a split of pixels or codes, a folder of images, or a file of statistics.
         work: a folder for chunks, which a run that goes on takes up; all ranks see the same one.
         save_reference: an .npz to write the reference's statistics to.
-        timeout_s: how long rank 0 waits for the next chunk of another rank.
+        timeout_s: how long rank 0 waits for the next chunk of another rank, and they for its choice of a step.
     """
 
     reference: str
@@ -56,6 +58,11 @@ class Comparison:
     batch_images: int = 32
     timeout_s: float = 1800.0
     chunk_images: int = CHUNK_IMAGES
+
+    @property
+    def cache_folder(self) -> Path:
+        """For what is fetched of remote splits."""
+        return self.work / "remote"
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class SamplingRequest:
     seed: int = 1
     precision: Precision = "fp32"
     weights: Literal["ema", "weight"] = "ema"
+    step: int | None = None  # None: as chosen in the work folder before, else the newest good one
 
 
 def evaluate_images(
@@ -89,44 +97,48 @@ def evaluate_images(
     desk = _Desk(comparison, launch, open_features(comparison.features, comparison.inception_path, device))
     vq = VQTokenizer.load(request.vq_path or run_folder, device)
     reference = _open_reference(desk, vq)
-    labelled = reference.source if isinstance(reference.source, SplitImages) else None
-    lessons = _lessons(request, comparison, labelled, vq)
-    sampler = ImageSampler(
-        run_folder,
-        request.settings,
-        request.seed,
-        comparison.batch_images,
-        request.weights,
-        request.precision,
-        device,
-    )
-    if vq_sha256(vq) != sampler.run.identity.tokenizer_sha256:
+    run = RunFolder(run_folder).identity()
+    if vq_sha256(vq) != run.tokenizer_sha256:
         raise UserError(f"{run_folder} was trained on codes of another VQ tokenizer than {request.vq_path}")
-    labels = sampler.labels(request.labels, labelled)
-    identity = sampler.identity(labels)
-    codes = ChunkFolder(comparison.work, "codes", identity, request.count, comparison.chunk_images)
-    codes.fill(lambda numbers: sampler.codes(numbers, labels), launch, "sampling")
-    sampled = SampledImages(codes, identity | {"vq": vq_sha256(vq)}, vq, comparison.batch_images)
-    generated = desk.extract(sampled, "features of samples")
-    known = desk.extract(reference.source, "features of the reference") if reference.source else None
-    learned = known if lessons is reference.source else None
-    if lessons is not None and learned is None:
-        learned = desk.extract(lessons, "features for the classifier")
-    if launch.rank != 0:
-        return None
-    desk.wait_for(generated, learned, known)
-    moments = reference.moments(desk, known)
-    return {
-        "run": run_folder,
-        **identity,
-        "vq_sha256": vq_sha256(vq),
-        "count": request.count,
-        **desk.distance(generated, moments),
-        **_scores(desk, generated, learned, known),
-        **reference.described(moments),
-        "images_per_second_per_process": request.count / float(generated.column("seconds").sum()),
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-    }
+    labelled = _labelled(reference, request, run)
+    lessons = _lessons(request, comparison, labelled, vq, run)
+    with only_process(comparison.work, launch):
+        step = request.step or chosen_step(run_folder, comparison.work, launch, comparison.timeout_s)
+        sampler = ImageSampler(
+            run_folder,
+            step,
+            request.settings,
+            request.seed,
+            comparison.batch_images,
+            request.weights,
+            request.precision,
+            device,
+        )
+        labels = sampler.labels(request.labels, labelled)
+        identity = sampler.identity(labels)
+        codes = ChunkFolder(comparison.work, "codes", identity, request.count, comparison.chunk_images)
+        codes.fill(lambda numbers: sampler.codes(numbers, labels), launch, "sampling")
+        sampled = SampledImages(codes, identity | {"vq": vq_sha256(vq)}, vq, comparison.batch_images)
+        generated = desk.extract(sampled, "features of samples")
+        known = desk.extract(reference.source, "features of the reference") if reference.source else None
+        learned = known if lessons is reference.source else None
+        if lessons is not None and learned is None:
+            learned = desk.extract(lessons, "features for the classifier")
+        if launch.rank != 0:
+            return None
+        desk.wait_for(generated, learned, known)
+        moments = reference.moments(desk, known)
+        return {
+            "run": run_folder,
+            **identity,
+            "vq_sha256": vq_sha256(vq),
+            "count": request.count,
+            **desk.distance(generated, moments),
+            **_scores(desk, generated, learned, known if labelled is not None else None),
+            **reference.described(moments),
+            "images_per_second_per_process": request.count / float(generated.column("seconds").sum()),
+            "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        }
 
 
 def evaluate_reconstruction(vq_path: str, comparison: Comparison, launch: Launch) -> dict[str, Any] | None:
@@ -142,14 +154,15 @@ def evaluate_reconstruction(vq_path: str, comparison: Comparison, launch: Launch
     reference = _open_reference(desk, None)
     if reference.source is None:
         raise UserError(f"{reference.name} has no pixels to reconstruct; give a split or a folder of images")
-    rebuilt = desk.extract(
-        ReconstructedImages(reference.source, vq, comparison.batch_images), "features of reconstructions"
-    )
-    known = desk.extract(reference.source, "features of the reference")
-    if launch.rank != 0:
-        return None
-    desk.wait_for(rebuilt, known)
-    moments = reference.moments(desk, known)
+    with only_process(comparison.work, launch):
+        rebuilt = desk.extract(
+            ReconstructedImages(reference.source, vq, comparison.batch_images), "features of reconstructions"
+        )
+        known = desk.extract(reference.source, "features of the reference")
+        if launch.rank != 0:
+            return None
+        desk.wait_for(rebuilt, known)
+        moments = reference.moments(desk, known)
     squared_B = rebuilt.column("squared_error")
     with np.errstate(divide="ignore"):
         decibels_B = -10.0 * np.log10(squared_B)
@@ -232,32 +245,86 @@ class _Reference:
         return moments
 
     def described(self, moments: Moments) -> dict[str, Any]:
-        return {"reference": {"name": self.name, "sha256": self.sha256, "count": moments.count}}
+        content = "statistics" if self.source is None else self.source.content
+        return {
+            "reference": {
+                "name": self.name,
+                "content": content,  # a distance to codes is one to reconstructions, not the usual FID
+                "sha256": self.sha256,
+                "count": moments.count,
+            }
+        }
 
 
 def _open_reference(desk: _Desk, vq: VQTokenizer | None) -> _Reference:
     name = desk.comparison.reference
     if Path(name).is_file():
+        if desk.comparison.save_reference:
+            raise UserError(f"--save-reference: {name} already is a file of statistics; leave the option out")
         statistics = read_statistics(Path(name), desk.features)
         return _Reference(name, sha256_file(Path(name)), None, statistics)
-    source = open_images(name, vq)
+    source = open_images(name, vq, desk.comparison.cache_folder)
     return _Reference(name, source.sha256, source, None)
 
 
+def _labelled(reference: _Reference, request: SamplingRequest, run: RunIdentity) -> SplitImages | None:
+    """The reference, if it has labels that mean what the run's mean."""
+    if not isinstance(reference.source, SplitImages):
+        return None
+    problem = _class_difference(reference.source, run)
+    if problem is None:
+        return reference.source
+    if request.labels != "balanced":
+        raise UserError(f"--reference {reference.name}: {problem}; give its own data, or --labels balanced")
+    return None
+
+
+def _class_difference(images: SplitImages, run: RunIdentity) -> str | None:
+    """Why the labels of the split are not the run's. Names that are only numbers say nothing but their count."""
+    theirs, ours = images.class_names, run.images.class_names if run.images else ()
+    if len(theirs) != len(ours):
+        return f"it has {len(theirs)} classes, the run {len(ours)}"
+    numbers = tuple(map(str, range(len(ours))))
+    if numbers in (theirs, ours) or theirs == ours:
+        return None
+    number = next(n for n in range(len(ours)) if theirs[n] != ours[n])
+    return f"its class {number} is {theirs[number]!r}, the run's {ours[number]!r}"
+
+
 def _lessons(
-    request: SamplingRequest, comparison: Comparison, labelled: SplitImages | None, vq: VQTokenizer
+    request: SamplingRequest,
+    comparison: Comparison,
+    labelled: SplitImages | None,
+    vq: VQTokenizer,
+    run: RunIdentity,
 ) -> SplitImages | None:
-    """The labelled images that the classifier of light features learns from, if there are any."""
+    """The labelled images that the classifier of light features learns from, if there are any.
+
+    Raises:
+        UserError: it could not learn: other classes, one class only, or scikit-learn is not installed.
+    """
     if comparison.features != "light":
         if request.classifier is not None:
             raise UserError("--classifier goes with --features light; inception features have their own")
         return None
-    if request.classifier is None:
-        return labelled
-    images = open_images(request.classifier, vq)
-    if not isinstance(images, SplitImages):
-        raise UserError(f"--classifier {request.classifier}: the images have no labels; give a split folder")
-    return images
+    lessons = labelled
+    if request.classifier is not None:
+        images = open_images(request.classifier, vq, comparison.cache_folder)
+        if not isinstance(images, SplitImages):
+            raise UserError(
+                f"--classifier {request.classifier}: the images have no labels; give a split folder"
+            )
+        if problem := _class_difference(images, run):
+            raise UserError(f"--classifier {request.classifier}: {problem}; give a split of the run's data")
+        lessons = images
+    if lessons is not None:
+        require_scikit_learn()
+        if not lessons.has_two_classes():
+            raise UserError(
+                f"{lessons.name}: all of one class, from which no classifier learns; "
+                "give another split with --classifier"
+            )
+    return lessons
 
 
 def _scores(
@@ -272,7 +339,7 @@ def _scores(
     features_BF = generated.column("features")
     found = _score("classifier_score", classifier.probabilities(features_BF))
     found["classifier_accuracy"] = classifier.accuracy(features_BF, generated.column("labels"))
-    if known is not None and known.path != learned.path and "labels" in known.read(known.chunks[0]):
+    if known is not None and known.path != learned.path:
         # What real images reach that the classifier has not seen.
         found["classifier_accuracy_of_reference"] = classifier.accuracy(
             known.column("features"), known.column("labels")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -56,8 +56,9 @@ class SplitImages:
         self.count = storage.manifest.rows
         self.sha256 = hashlib.sha256(storage.manifest.to_json().encode()).hexdigest()
         self.identity = {"split_sha256": self.sha256}  # a split of codes names its tokenizer
-        self.classes = len(content.class_names)
-        self._content = content
+        self.class_names = content.class_names
+        self.content: Literal["pixels", "codes"] = content.tokens
+        self._image = content
         self._vq = vq
         order = GlobalOrder(storage.manifest.rows_per_shard, 0, 1, shuffle=False)
         self._loader = TokenLoader(storage, order)
@@ -72,6 +73,12 @@ class SplitImages:
         parts = [numbers[i : i + _READ_ROWS] for i in range(0, len(numbers), _READ_ROWS)]
         return np.concatenate([self._rows(part)[1] for part in parts])
 
+    def has_two_classes(self) -> bool:
+        """Read as far as the first row of another class."""
+        numbers = range(self.count)
+        first = self.labels([0])
+        return any((self.labels(numbers[i : i + _READ_ROWS]) != first).any() for i in numbers[::_READ_ROWS])
+
     def _rows(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         batch = self._loader.read(np.array(numbers))
         assert batch.labels_B is not None
@@ -81,12 +88,14 @@ class SplitImages:
         tokens_BL, labels_B = self._rows(numbers)
         if self._vq is not None:
             return self._vq.decode(tokens_BL[:, 1:]), labels_B
-        side, channels = self._content.side_pixels, self._content.channels
+        side, channels = self._image.side_pixels, self._image.channels
         return tokens_BL.astype(np.uint8).reshape(-1, side, side, channels), labels_B
 
 
 class FolderImages:
     """The image files of a folder and its subfolders by name: RGB, squares of one size, taken as they are."""
+
+    content: Literal["images"] = "images"
 
     def __init__(self, folder: str) -> None:
         root = Path(folder)
@@ -155,24 +164,33 @@ class ReconstructedImages:
         return Images(decoded_BHWC, images.columns | {"squared_error": squared_B})
 
 
-def open_images(path: str, vq: VQTokenizer | None) -> SplitImages | FolderImages:
+def open_images(
+    path: str, vq: VQTokenizer | None, cache_folder: Path | None = None
+) -> SplitImages | FolderImages:
     """A split of pixels, a split of codes of this tokenizer, or a folder of image files.
 
+    Args:
+        vq: None where codes will not do.
+        cache_folder: for what is fetched of a remote split.
+
     Raises:
-        UserError: nothing of these; codes of another tokenizer, or of a tokenizer that is not given.
+        UserError: nothing of these, or codes of another tokenizer.
     """
     if not is_remote(path) and not (Path(path) / MANIFEST_NAME).exists():
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such folder; give a split folder or a folder of images")
         return FolderImages(path)
-    storage = SplitStorage(path)
+    storage = SplitStorage(path, cache_folder)
     content = storage.manifest.images
     if content is None:
         raise UserError(f"{path} is a split of text; give one of images, written by `pgm-scale prepare`")
     if content.tokens == "pixels":
         return SplitImages(path, content, storage, None)
     if vq is None:
-        raise UserError(f"{path} is a split of codes; give the tokenizer that decodes them with --vq")
+        raise UserError(
+            f"{path} is a split of codes, and --reconstruction needs the original images; "
+            "give their split of pixels, or a folder of images"
+        )
     if vq_sha256(vq) != storage.manifest.tokenizer_sha256:
         raise UserError(
             f"{path} holds codes of another VQ tokenizer; give a split of its pixels, or its --vq"

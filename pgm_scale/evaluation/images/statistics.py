@@ -13,7 +13,7 @@ import torch
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.features import ImageFeatures
 from pgm_scale.evaluation.images.moments import Moments
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.evaluation.images.work import write_file
 
 _NOT_MU_AND_COV = (ValueError, LookupError, TypeError, AttributeError)
 
@@ -30,7 +30,7 @@ def write_statistics(path: Path, moments: Moments, features: ImageFeatures, sour
         features_sha256=np.array(features.weights_sha256 or ""),
         source=np.array(source),
     )
-    atomic_write_bytes(path, content.getvalue())
+    write_file(path, content.getvalue())
 
 
 def read_statistics(path: Path, features: ImageFeatures) -> Moments:

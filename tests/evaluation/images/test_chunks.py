@@ -8,6 +8,7 @@ import pytest
 
 from pgm_scale.errors import HungRankError, UserError
 from pgm_scale.evaluation.images.chunks import ChunkFolder, Columns
+from pgm_scale.files import temporary_name
 from pgm_scale.parallel.launch import Launch
 
 
@@ -57,6 +58,16 @@ def test_a_fill_that_dies_goes_on_with_what_is_missing(tmp_path: Path) -> None:
     _folder(tmp_path).fill(goes_on, _rank(0, 1), "numbers")
     assert made == [range(10, 15), range(15, 20), range(20, 23)]
     np.testing.assert_array_equal(_folder(tmp_path).column("squares"), np.arange(23) ** 2)
+
+
+def test_a_chunk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    temporary_name(folder.path / "00000005-00000010.safetensors").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"cannot write .*00000005-00000010.safetensors \(Is a directory\); make"
+    ):
+        folder.fill(_squares, _rank(0, 1), "numbers")
+    assert folder.has(range(5))
 
 
 def test_another_identity_is_another_folder(tmp_path: Path) -> None:

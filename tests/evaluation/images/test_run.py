@@ -1,6 +1,8 @@
 """The whole way from a run, or a tokenizer, to its numbers, with an untrained image PGM and light features."""
 
 import json
+import shutil
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from PIL import Image
 
+from pgm_scale.checkpoint import CheckpointStore
 from pgm_scale.cli import main
+from pgm_scale.data.manifest import DatasetManifest
+from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import UserError
-from pgm_scale.evaluation.images import generation
+from pgm_scale.evaluation.images import generation, sources
 from pgm_scale.evaluation.images.light import LightFeatures
 from pgm_scale.evaluation.images.run import (
     Comparison,
@@ -21,11 +27,14 @@ from pgm_scale.evaluation.images.run import (
     evaluate_images,
     evaluate_reconstruction,
 )
-from pgm_scale.evaluation.images.sources import open_images
+from pgm_scale.evaluation.images.sources import SplitImages, open_images
+from pgm_scale.evaluation.images.work import only_process
+from pgm_scale.files import temporary_name
 from pgm_scale.parallel.launch import Launch
 from pgm_scale.run_folder import load_run
 from pgm_scale.sampling import known_prefixes, sample
-from tests.evaluation.images.tiny_run import TinyImages, write_tiny_images
+from tests.evaluation.images.tiny_run import TinyImages, save_step, write_tiny_images
+from tests.tiny_images import write_pixel_split
 
 REQUEST = SamplingRequest(count=33, settings={"guidance": 1.0}, seed=3)
 
@@ -86,7 +95,7 @@ def test_numbers_equal_sampling_and_comparing_in_one_go(tiny: TinyImages, tmp_pa
     assert result["count"] == 33  # not 32, the multiple of the batch
     assert result["sampler"]["guidance"] == 1.0
     assert (result["sampler"]["kind"], result["sampler"]["steps"], result["seed"]) == ("halton", 4, 3)
-    assert result["reference"]["name"] == tiny.pixels
+    assert (result["reference"]["name"], result["reference"]["content"]) == (tiny.pixels, "pixels")
     assert result["reference"]["count"] == 45
     assert len(result["reference"]["sha256"]) == len(result["checkpoint_sha256"]) == 64
     assert result["vq_sha256"] == run.identity.tokenizer_sha256
@@ -140,6 +149,153 @@ def test_a_run_that_dies_goes_on_and_ends_with_the_same_numbers(
     assert other["light_distance"] != expected["light_distance"]
 
 
+def test_an_evaluation_keeps_to_its_step_while_training_goes_on(
+    tiny: TinyImages, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, work = tmp_path / "run", tmp_path / "work"
+    shutil.copytree(tiny.run, run)
+
+    def evaluate(work: Path, step: int | None = None) -> dict[str, Any]:
+        request = replace(REQUEST, count=10, step=step)
+        result = evaluate_images(str(run), request, _comparison(tiny, work), _rank(0, 1))
+        assert result is not None
+        return result
+
+    first = evaluate(work)
+    save_step(run, 2)
+    caplog.clear()
+    assert _numbers(evaluate(work)) == _numbers(first)
+    assert "keeps to step 1; for step 2 add --step 2" in caplog.text
+    newest = evaluate(tmp_path / "fresh")
+    assert (first["step"], newest["step"]) == (1, 2)
+    assert newest["light_distance"] != first["light_distance"]
+    assert _numbers(evaluate(work, step=2)) == _numbers(newest)
+    assert _numbers(evaluate(tmp_path / "fresh", step=1)) == _numbers(first)
+    with pytest.raises(UserError, match=r"run has no checkpoint of step 3; give one of \[1, 2\]"):
+        evaluate(work, step=3)
+    shutil.rmtree(CheckpointStore(run).folders.of(1))
+    with pytest.raises(
+        UserError, match=r"keeps to step 1, which .*run no longer has; name another with --step"
+    ):
+        evaluate(work)
+
+
+def test_one_process_a_rank(tiny: TinyImages, tmp_path: Path) -> None:
+    request = replace(REQUEST, count=10)
+    with only_process(tmp_path, _rank(0, 2)):
+        with pytest.raises(UserError, match="another process is evaluating here as rank 0; wait for it"):
+            _evaluate(tiny, tmp_path, request)
+        with pytest.raises(UserError, match="another process is evaluating here as rank 0"):
+            evaluate_reconstruction(tiny.vq_path, _comparison(tiny, tmp_path), _rank(0, 2))
+        assert evaluate_reconstruction(tiny.vq_path, _comparison(tiny, tmp_path), _rank(1, 2)) is None
+    assert not list(tmp_path.glob("codes-*"))
+    assert _evaluate(tiny, tmp_path, request)["count"] == 10
+
+
+def _relabelled(tiny: TinyImages, folder: Path, labels_B: np.ndarray, names: tuple[str, ...]) -> str:
+    """The pixels of the reference with other labels or names of classes."""
+    write_pixel_split(folder, tiny.images_BHWC, labels_B, "validation")
+    manifest = DatasetManifest.load(folder)
+    assert manifest.images is not None
+    replace(manifest, images=replace(manifest.images, class_names=names)).save(folder)
+    return str(folder)
+
+
+def test_labels_of_other_classes_are_refused(tiny: TinyImages, tmp_path: Path) -> None:
+    swapped = _relabelled(tiny, tmp_path / "swapped", tiny.labels_B, ("cross", "square"))
+    more = _relabelled(tiny, tmp_path / "more", tiny.labels_B, ("square", "cross", "disc"))
+    numbered = _relabelled(tiny, tmp_path / "numbered", tiny.labels_B, ("0", "1"))
+    work = tmp_path / "work"
+    for split, problem in [
+        (swapped, "its class 0 is 'cross', the run's 'square'"),
+        (more, "3 classes, the run 2"),
+    ]:
+        with pytest.raises(UserError, match=f"--reference {split}: .*{problem}; .* --labels balanced"):
+            _evaluate(tiny, work, reference=split)
+        with pytest.raises(UserError, match=f"--classifier {split}: .*{problem}"):
+            _evaluate(tiny, work, replace(REQUEST, classifier=split))
+    assert not work.exists()
+    # Without their labels they are images like others.
+    balanced = replace(REQUEST, labels="balanced")
+    assert "classifier_score" not in _evaluate(tiny, work, balanced, reference=swapped)
+    learned = _evaluate(tiny, work, replace(balanced, classifier=tiny.pixels), reference=swapped)
+    assert "classifier_accuracy" in learned
+    assert "classifier_accuracy_of_reference" not in learned
+    assert "classifier_accuracy" in _evaluate(tiny, work, reference=numbered)
+
+
+def test_what_no_classifier_learns_from_is_told_before_sampling(
+    tiny: TinyImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ones = _relabelled(tiny, tmp_path / "ones", np.ones_like(tiny.labels_B), ("square", "cross"))
+    work = tmp_path / "work"
+    with pytest.raises(UserError, match=r"ones: all of one class, .* give another split with --classifier"):
+        _evaluate(tiny, work, replace(REQUEST, classifier=ones))
+    last = np.arange(45) // 44  # the second class comes in the second piece that is read
+    two = open_images(_relabelled(tiny, tmp_path / "last", last, ("a", "b")), None)
+    assert isinstance(two, SplitImages)
+    assert two.has_two_classes()
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UserError, match="the classifier needs scikit-learn; install it"):
+        _evaluate(tiny, work)
+    assert not work.exists()
+
+
+def test_a_remote_reference_is_fetched_below_the_work_folder(
+    tiny: TinyImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def fetched(split: str, cache_folder: Any = None) -> SplitStorage:
+        asked.append((split, cache_folder))
+        return SplitStorage(tiny.pixels)
+
+    monkeypatch.setattr(sources, "SplitStorage", fetched)
+    request = replace(REQUEST, count=10, classifier="gs://bucket/other")
+    result = _evaluate(tiny, tmp_path, request, reference="s3://bucket/real")
+    assert result["reference"]["name"] == "s3://bucket/real"
+    assert asked == [("s3://bucket/real", tmp_path / "remote"), ("gs://bucket/other", tmp_path / "remote")]
+
+
+def test_a_full_gpu_or_disk_is_one_line(
+    tiny: TinyImages, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, saved = tmp_path / "result.json", tmp_path / "real.npz"
+    arguments = [
+        "eval-images",
+        tiny.run,
+        "--reference",
+        tiny.pixels,
+        "--features",
+        "light",
+        "--out",
+        str(out),
+    ]
+    arguments += ["--count", "10", "--save-reference", str(saved)]
+
+    def refusal() -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        line = capsys.readouterr().err.strip().split("\n")[-1]
+        assert "Traceback" not in line
+        return line
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "sample", full)
+        assert refusal().startswith("--batch 32: the GPU is out of memory; lower --batch")
+    for path in (saved, out):
+        in_the_way = temporary_name(path)
+        in_the_way.mkdir()
+        assert f"cannot write {path} (Is a directory)" in refusal()
+        in_the_way.rmdir()
+    assert main(arguments) == 0
+    assert out.exists()
+    assert saved.exists()
+
+
 def test_labels_in_turn_and_a_classifier_of_its_own(tiny: TinyImages, tmp_path: Path) -> None:
     request = replace(REQUEST, labels="balanced", classifier=str(tiny.folder / "other"))
     result = _evaluate(tiny, tmp_path, request)
@@ -155,7 +311,9 @@ def test_saved_statistics_and_codes_serve_as_references(tiny: TinyImages, tmp_pa
     direct = _evaluate(tiny, tmp_path, save_reference=str(saved))
     found = _evaluate(tiny, tmp_path, replace(REQUEST, labels="balanced"), reference=str(saved))
     assert "classifier_accuracy" not in found
-    assert found["reference"]["count"] == 45
+    assert (found["reference"]["count"], found["reference"]["content"]) == (45, "statistics")
+    with pytest.raises(UserError, match=r"--save-reference: .*real\.npz already is a file of statistics"):
+        _evaluate(tiny, tmp_path, reference=str(saved), save_reference=str(tmp_path / "copy.npz"))
     with pytest.raises(UserError, match="--labels reference needs a reference with labels"):
         _evaluate(tiny, tmp_path, replace(REQUEST, labels="reference"), reference=str(saved))
     same_labels = _evaluate(tiny, tmp_path, reference=tiny.codes)
@@ -163,6 +321,7 @@ def test_saved_statistics_and_codes_serve_as_references(tiny: TinyImages, tmp_pa
     np.testing.assert_array_equal(decoded.pixels_BHWC, tiny.vq.decode(tiny.vq.encode(tiny.images_BHWC)))
     np.testing.assert_array_equal(decoded.columns["labels"], tiny.labels_B)
     assert same_labels["light_distance"] != direct["light_distance"]
+    assert same_labels["reference"]["content"] == "codes"
 
 
 def test_reconstruction_is_compared_with_its_originals(tiny: TinyImages, tmp_path: Path) -> None:
@@ -183,21 +342,23 @@ def test_the_command_writes_a_result_and_tells_what_is_wrong(
     out = tmp_path / "result.json"
     light = ["--features", "light", "--out", str(out)]
     arguments = ["eval-images", tiny.run, "--reference", tiny.pixels, *light, "--count", "12"]
-    assert main([*arguments, "--guidance", "2", "--steps", "3"]) == 0
+    assert main([*arguments, "--guidance", "2", "--steps", "3", "--quirks", "register_offset"]) == 0
     assert "12 images against" in capsys.readouterr().out
     result = json.loads(out.read_text())
     assert (result["sampler"]["guidance"], result["sampler"]["steps"], result["step"]) == (2.0, 3, 1)
+    assert result["sampler"]["quirks"] == ["register_offset"]
     reconstruction = ["eval-images", "--vq", tiny.vq_path, "--reconstruction", "--reference", tiny.pixels]
     assert main([*reconstruction, *light]) == 0
     assert json.loads(out.read_text())["psnr_db"] > 0
     capsys.readouterr()
     for wrong, message in [
         ([*arguments[:4], "--out", str(out)], "inception features need --inception PATH"),
+        ([*arguments, "--quirks", "none,all"], "--quirks none,all: 'none' is not one of"),
         ([*arguments[:-1], "9"], "the scores need at least 10 images"),
         (["eval-images", "--reference", tiny.pixels, *light], "give the folder of a run"),
         ([*reconstruction, *light, "--vq", str(tmp_path / "absent")], "absent: no such VQ tokenizer"),
         ([*arguments[:2], "--reference", "nowhere", *light], "nowhere: no such folder"),
-        ([*reconstruction[:-1], tiny.codes, *light], "is a split of codes; give the tokenizer"),
+        ([*reconstruction[:-1], tiny.codes, *light], "--reconstruction needs the original images"),
         ([*arguments, "--labels", "balanced", "--classifier", str(tmp_path)], "no images in it"),
     ]:
         assert main(wrong) == 2, wrong

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pgm_scale.checkpoint import CheckpointStore, Fragment, Kind
-from pgm_scale.config import VQModelConfig
+from pgm_scale.config import RunConfig, VQModelConfig
 from pgm_scale.data.manifest import DatasetManifest, ImageContent, Vocabulary
 from pgm_scale.data.writers import shard_name, write_shard
 from pgm_scale.models import build_model
@@ -97,6 +97,12 @@ def _write_codes(folder: Path, vq: VQTokenizer, images: np.ndarray, labels: np.n
 
 def _write_run(folder: Path, codes: Path, manifest: DatasetManifest) -> None:
     """A run of one step that its checkpoint alone knows of."""
+    config = _config(folder, codes)
+    RunFolder(folder).create_or_match(config, manifest, codes / "tokenizer.json")
+    save_step(folder, 1)
+
+
+def _config(folder: Path, codes: Path) -> RunConfig:
     model_config = {
         "kind": "partition_transformer",
         "hidden_size": 16,
@@ -107,16 +113,20 @@ def _write_run(folder: Path, codes: Path, manifest: DatasetManifest) -> None:
         "num_classes": len(CLASSES),
         "registers": 2,
     }
-    config = tiny_config(
+    return tiny_config(
         codes.parent,
         folder,
         model=model_config,
         objective={"kind": "image_pgm"},
         sampler={"kind": "halton", "steps": 4},
     )
-    RunFolder(folder).create_or_match(config, manifest, codes / "tokenizer.json")
-    torch.manual_seed(1)
-    model = build_model(config.model, VOCABULARY.size, manifest.length_tokens)
+
+
+def save_step(folder: Path, step: int) -> None:
+    """Another checkpoint of the run, of other weights."""
+    torch.manual_seed(step)
+    run = RunFolder(folder)
+    model = build_model(run.config().model, VOCABULARY.size, run.identity().length_tokens)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     fragments: list[tuple[Kind, Fragment]] = [
@@ -124,5 +134,5 @@ def _write_run(folder: Path, codes: Path, manifest: DatasetManifest) -> None:
         for name, p in model.named_parameters()
     ]
     folders = CheckpointStore(folder).folders
-    assert folders.begin(1)
-    folders.commit(1, [folders.write_rank(1, 0, fragments)], {"step": 1})
+    assert folders.begin(step)
+    folders.commit(step, [folders.write_rank(step, 0, fragments)], {"step": step})
