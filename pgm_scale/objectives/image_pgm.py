@@ -13,13 +13,15 @@ import torch
 from pgm_scale.config import ImagePGMObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
-from pgm_scale.diffusion.draws import bernoulli_mask, sequential_uniform, stratified_uniform
-from pgm_scale.diffusion.mask_schedules import mask_ratio
-from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall, scorable
-from pgm_scale.objectives.labels import class_labels, training_labels
+from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall
+from pgm_scale.objectives.image_draws import (
+    BOS_TOKENS,
+    ImageDraws,
+    scored_codes,
+    training_draws,
+    validation_draws,
+)
 from pgm_scale.objectives.pgm import Partition, PGMInputs, pack, packed_call, packed_terms
-
-BOS_TOKENS = 1  # in front of the codes
 
 
 class ImagePGMObjective:
@@ -35,19 +37,14 @@ class ImagePGMObjective:
         self.num_classes, self.registers = num_classes, registers
 
     def scored_tokens(self, batch: TokenBatch) -> np.ndarray:
-        return scorable(batch, self.vocabulary)[:, BOS_TOKENS:].sum(axis=1)
+        return scored_codes(batch, self.vocabulary).sum(axis=1)
 
     def training_inputs(self, batch: TokenBatch, spec: DrawSpec) -> PGMInputs:
-        numbers_B = batch.sample_numbers_B
-        u_B = stratified_uniform(spec.seed, numbers_B, spec.global_batch_sequences, "training/time")
-        labels_B = training_labels(batch, spec, self.config.label_drop, self.num_classes)
-        return self._inputs(batch, u_B, spec.seed, "training/partition", labels_B)
+        return self._inputs(batch, training_draws(batch, spec, self.config, self.num_classes))
 
     def validation_inputs(self, batch: TokenBatch, spec: DrawSpec) -> PGMInputs:
         """The same loss, with every label."""
-        u_B = sequential_uniform(spec.seed, batch.sample_numbers_B, "validation/time")
-        labels_B = class_labels(batch, self.num_classes)
-        return self._inputs(batch, u_B, spec.seed, "validation/partition", labels_B)
+        return self._inputs(batch, validation_draws(batch, spec, self.config, self.num_classes))
 
     def call(self, inputs: PGMInputs) -> ModelCall:
         """The NLL of each code, the mask's own logit removed; that of BOS is not, as published."""
@@ -56,14 +53,7 @@ class ImagePGMObjective:
     def terms(self, nll_Q: torch.Tensor, inputs: PGMInputs) -> LossTerms:
         return packed_terms(nll_Q, inputs)
 
-    def _inputs(
-        self, batch: TokenBatch, u_B: np.ndarray, seed: int, stream: str, labels_B: np.ndarray
-    ) -> PGMInputs:
-        sequences, length = batch.tokens_BL.shape
-        ratio_B = mask_ratio(self.config.mask_schedule, u_B)
-        in_group1_BL = np.zeros((sequences, length), bool)
-        in_group1_BL[:, BOS_TOKENS:] = bernoulli_mask(
-            seed, batch.sample_numbers_B, stream, ratio_B, length - BOS_TOKENS
-        )
-        partition = Partition(in_group1_BL, np.ones((sequences, 2)))
-        return pack(batch, partition, self.vocabulary, self.registers, BOS_TOKENS, labels_B)
+    def _inputs(self, batch: TokenBatch, draws: ImageDraws) -> PGMInputs:
+        in_group1_BL = np.pad(draws.hidden_BK, ((0, 0), (BOS_TOKENS, 0)))
+        partition = Partition(in_group1_BL, np.ones((len(in_group1_BL), 2)))
+        return pack(batch, partition, self.vocabulary, self.registers, BOS_TOKENS, draws.labels_B)

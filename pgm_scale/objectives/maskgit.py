@@ -17,12 +17,15 @@ import torch
 from pgm_scale.config import MaskGITObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
-from pgm_scale.diffusion.draws import bernoulli_mask, sequential_uniform, stratified_uniform
-from pgm_scale.diffusion.mask_schedules import mask_ratio
 from pgm_scale.models.readout import TokenNLL
-from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Rows, finite_targets, scorable
-from pgm_scale.objectives.image_pgm import BOS_TOKENS
-from pgm_scale.objectives.labels import class_labels, training_labels
+from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Rows, finite_targets
+from pgm_scale.objectives.image_draws import (
+    BOS_TOKENS,
+    ImageDraws,
+    scored_codes,
+    training_draws,
+    validation_draws,
+)
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,14 @@ class MaskGITObjective:
         self.num_classes = num_classes
 
     def scored_tokens(self, batch: TokenBatch) -> np.ndarray:
-        return scorable(batch, self.vocabulary)[:, BOS_TOKENS:].sum(axis=1)
+        return scored_codes(batch, self.vocabulary).sum(axis=1)
 
     def training_inputs(self, batch: TokenBatch, spec: DrawSpec) -> MaskedImageInputs:
-        numbers_B = batch.sample_numbers_B
-        u_B = stratified_uniform(spec.seed, numbers_B, spec.global_batch_sequences, "training/time")
-        labels_B = training_labels(batch, spec, self.config.label_drop, self.num_classes)
-        return self._inputs(batch, u_B, spec.seed, "training/partition", labels_B)
+        return self._inputs(batch, training_draws(batch, spec, self.config, self.num_classes))
 
     def validation_inputs(self, batch: TokenBatch, spec: DrawSpec) -> MaskedImageInputs:
         """The same loss, with every label."""
-        u_B = sequential_uniform(spec.seed, batch.sample_numbers_B, "validation/time")
-        labels_B = class_labels(batch, self.num_classes)
-        return self._inputs(batch, u_B, spec.seed, "validation/partition", labels_B)
+        return self._inputs(batch, validation_draws(batch, spec, self.config, self.num_classes))
 
     def call(self, inputs: MaskedImageInputs) -> ModelCall:
         readout = TokenNLL(inputs.targets_BK, self.vocabulary.mask_id, inputs.scored_BK.float())
@@ -75,24 +73,19 @@ class MaskGITObjective:
     def terms(self, nll_BK: torch.Tensor, inputs: MaskedImageInputs) -> LossTerms:
         return inputs.rows.terms((nll_BK * inputs.scored_BK).sum(dim=1))
 
-    def _inputs(
-        self, batch: TokenBatch, u_B: np.ndarray, seed: int, stream: str, labels_B: np.ndarray
-    ) -> MaskedImageInputs:
-        sequences, length = batch.tokens_BL.shape
-        ratio_B = mask_ratio(self.config.mask_schedule, u_B)
-        masked_BK = bernoulli_mask(seed, batch.sample_numbers_B, stream, ratio_B, length - BOS_TOKENS)
+    def _inputs(self, batch: TokenBatch, draws: ImageDraws) -> MaskedImageInputs:
         noisy_BL = batch.tokens_BL.copy()
-        noisy_BL[:, BOS_TOKENS:][masked_BK] = self.vocabulary.mask_id
-        scored_BK = scorable(batch, self.vocabulary)[:, BOS_TOKENS:]
+        noisy_BL[:, BOS_TOKENS:][draws.hidden_BK] = self.vocabulary.mask_id
+        scored_BK = scored_codes(batch, self.vocabulary)
         rows = Rows.of(
-            weight_S=np.ones(sequences),
+            weight_S=np.ones(len(noisy_BL)),
             scored_tokens_S=scored_BK.sum(axis=1),
-            mask_fraction_S=masked_BK.mean(axis=1),
-            sequence_S=np.arange(sequences),
+            mask_fraction_S=draws.hidden_BK.mean(axis=1),
+            sequence_S=np.arange(len(noisy_BL)),
         )
         return MaskedImageInputs(
             noisy_BL=torch.from_numpy(noisy_BL),
-            classes_B=torch.from_numpy(labels_B),
+            classes_B=torch.from_numpy(draws.labels_B),
             targets_BK=torch.from_numpy(finite_targets(batch.tokens_BL, self.vocabulary)[:, BOS_TOKENS:]),
             scored_BK=torch.from_numpy(scored_BK),
             rows=rows,

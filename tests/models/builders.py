@@ -104,3 +104,19 @@ def pack_groups(tokens_BL, groups_BL, registers=0, classes_B=None, first_query=0
         classes_B,
     )
     return inputs, (rows, columns - registers)
+
+
+def assert_no_logit_reads_its_own_group(logits, tokens_BL, groups_BL):
+    """Change each token in turn: of its row, the logits of its own group stay as they are, the others change.
+
+    Args:
+        logits: tokens [B, L] to logits [B, L, V], under the groups [B, L].
+    """
+    before_BLV = logits(tokens_BL)
+    for changed in range(tokens_BL.shape[1]):
+        other_tokens_BL = tokens_BL.clone()
+        other_tokens_BL[:, changed] = (tokens_BL[:, changed] + 1) % VOCAB
+        same_BL = (logits(other_tokens_BL) == before_BLV).all(-1)
+        own_group_BL = groups_BL == groups_BL[:, changed : changed + 1]
+        assert same_BL[own_group_BL].all()
+        assert not same_BL[~own_group_BL].any()

@@ -108,3 +108,17 @@ def ramp(config: SamplerConfig, step: int, steps: int) -> float:
 def shown(codes: int, progress: float) -> int:
     """int(N (1 - (2/pi) arccos(progress))); a third of N at 1/2 is as whole as it should be."""
     return int(codes * (1 - 2 / math.pi * math.acos(progress)) + 1e-9)
+
+
+def assert_any_batch_split_gives_the_same(model: Any, config: SamplerConfig) -> None:
+    """Rows that know different amounts, with and without a class, at any batch size and from any number on."""
+    known_BL, labels = known_images([CODES, 9, CODES, 9, 3]), [0, 1, 2, CLASSES, 1]
+    whole = generate(model, known_BL, labels, config)
+    for batch_sequences in (1, 2):
+        split = generate(model, known_BL, labels, config, batch_sequences=batch_sequences)
+        np.testing.assert_array_equal(split.tokens_BL, whole.tokens_BL)
+    tail = generate(model, known_BL[2:], labels[2:], config, first_sample_number=2)
+    np.testing.assert_array_equal(tail.tokens_BL, whole.tokens_BL[2:])
+    assert (generate(model, known_BL, labels, config, seed=2).tokens_BL != whole.tokens_BL).any()
+    np.testing.assert_array_equal(whole.tokens_BL[known_BL >= 0], known_BL[known_BL >= 0])
+    assert whole.tokens_BL[:, 1:].max() < CODEBOOK

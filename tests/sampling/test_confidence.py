@@ -21,10 +21,10 @@ from tests.sampling.exact import LENGTH as EXACT_LENGTH
 from tests.sampling.exact import ExactPartition, conditionals, joint_distribution, sequences
 from tests.sampling.image_models import (
     CLASSES,
-    CODEBOOK,
     CODES,
     MASK,
     MODELS,
+    assert_any_batch_split_gives_the_same,
     batch_of,
     generate,
     guided_probabilities,
@@ -110,15 +110,7 @@ def test_confidence_sampling_equals_a_slow_oracle_token_by_token(name, changes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_seed_gives_the_same_grids_at_any_batch_split(name):
-    model, config = image_model(name), replace(CONFIDENCE, guidance=1.0)
-    known_BL, labels = known_images([CODES, 9, CODES, 9, 3]), [0, 1, 2, CLASSES, 1]
-    whole = generate(model, known_BL, labels, config)
-    for batch_sequences in (1, 2):
-        split = generate(model, known_BL, labels, config, batch_sequences=batch_sequences)
-        np.testing.assert_array_equal(split.tokens_BL, whole.tokens_BL)
-    assert (generate(model, known_BL, labels, config, seed=2).tokens_BL != whole.tokens_BL).any()
-    np.testing.assert_array_equal(whole.tokens_BL[known_BL >= 0], known_BL[known_BL >= 0])
-    assert whole.tokens_BL[:, 1:].max() < CODEBOOK
+    assert_any_batch_split_gives_the_same(image_model(name), replace(CONFIDENCE, guidance=1.0))
 
 
 def test_equal_confidences_fall_by_position():

@@ -26,6 +26,7 @@ from tests.sampling.image_models import (
     MODELS,
     SIDE,
     VOCABULARY,
+    assert_any_batch_split_gives_the_same,
     batch_of,
     code_logits,
     generate,
@@ -181,15 +182,7 @@ def test_packed_logits_equal_those_of_the_group_mask_at_every_step():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_seed_gives_the_same_grids_at_any_batch_split(name):
-    model, config = image_model(name), replace(HALTON, guidance=1.0)
-    known_BL, labels = known_images([CODES, 9, CODES, 9, 3]), [0, 1, 2, CLASSES, 1]
-    whole = generate(model, known_BL, labels, config)
-    for batch_sequences in (1, 2):
-        split = generate(model, known_BL, labels, config, batch_sequences=batch_sequences)
-        np.testing.assert_array_equal(split.tokens_BL, whole.tokens_BL)
-    tail = generate(model, known_BL[2:], labels[2:], config, first_sample_number=2)
-    np.testing.assert_array_equal(tail.tokens_BL, whole.tokens_BL[2:])
-    assert (generate(model, known_BL, labels, config, seed=2).tokens_BL != whole.tokens_BL).any()
+    assert_any_batch_split_gives_the_same(image_model(name), replace(HALTON, guidance=1.0))
 
 
 @pytest.mark.parametrize("name", MODELS)
