@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pgm_scale import config as configuration
-from pgm_scale.config import MODEL_SIZES, RunConfig
+from pgm_scale.config import MODEL_SIZES, RunConfig, checks
 from pgm_scale.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -155,7 +155,7 @@ def test_every_number_has_a_range() -> None:
                     for key, value in values.items()
                     if isinstance(value, (int, float)) and not isinstance(value, bool)
                 }
-    assert numbers - {"parallel.zero_stage"} <= configuration._RANGES.keys()
+    assert numbers - {"parallel.zero_stage"} <= checks._RANGES.keys()
 
 
 def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""A run's configuration from its file and the overrides of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pgm_scale.config.checks import inconsistencies
+from pgm_scale.config.parsing import apply_override, parse, read_yaml
+from pgm_scale.config.sections import RunConfig
+from pgm_scale.errors import UserError
+
+
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    check: Callable[[RunConfig], list[str]] = lambda _: [],
+) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides; `check` may add problems of its own.
+
+    Raises:
+        UserError: the file cannot be read, or one line for each problem in it.
+    """
+    tree = read_yaml(path)
+    problems: list[str] = []
+    for override in sorted(overrides, key=lambda text: not text.startswith("model.size=")):
+        apply_override(tree, override, problems)
+    config = parse(RunConfig, tree, problems)
+    if config is not None and not problems:
+        problems += inconsistencies(config) + check(config)
+    if config is None or problems:
+        raise UserError(
+            f"{path}: {len(problems)} problem(s) in the configuration:\n  " + "\n  ".join(problems)
+        )
+    return config
