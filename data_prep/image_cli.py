@@ -84,7 +84,10 @@ def _add_images(kind: argparse.ArgumentParser) -> None:
         help="for tars and parquet: one name a line, label 0 first",
     )
     kind.add_argument(
-        "--size", type=int, default=256, metavar="PIXELS", help="side of the images (default: %(default)s)"
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images (default: that of the --vq run's own images, else 256)",
     )
     more = kind.add_mutually_exclusive_group()
     more.add_argument("--flip", action="store_true", help="training images are also mirrored: two rows each")
@@ -119,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         rows_per_shard=args.rows_per_shard,
         workers=args.workers,
         show_progress=not args.quiet,
-        size=args.size,
+        size=args.size or _usual_size(args),
         channels=getattr(args, "channels", 3),
         augmentation=augmentation,
         max_corrupt_share=args.max_corrupt_share,
@@ -148,6 +151,17 @@ def _source(args: argparse.Namespace) -> ImageSource:
         raise UserError(f"prepare {args.source}: give --train and --validation, or --input to share out")
     train, validation = (open_images(paths, args.class_names) for paths in (args.train, args.validation))
     return ImageSource(train, validation)
+
+
+def _usual_size(args: argparse.Namespace) -> int:
+    """Side in pixels of the images that the tokenizer was trained on, where it is a run of ours."""
+    from pgm_scale.run_folder import RunFolder
+
+    if "vq" in args and RunFolder(args.vq).identity_path.is_file():
+        images = RunFolder(args.vq).identity().images
+        if images is not None:
+            return images.side_pixels
+    return 256
 
 
 def _device(args: argparse.Namespace) -> str:

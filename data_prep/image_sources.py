@@ -118,7 +118,7 @@ class FolderImages:
                 raise UserError(
                     f"{outside[0]}: lies beside the folders of classes; give each image a class, or none"
                 )
-        self._labels = {name: number for number, name in enumerate(sorted(classes or {_ONE_CLASS}))}
+        self._labels = {name: number for number, name in enumerate(_in_order(classes or {_ONE_CLASS}))}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -139,6 +139,12 @@ class FolderImages:
         for file in sorted(self.files, key=_mixing_key):
             folder = file.name.partition("/")[0] if "/" in file.name else _ONE_CLASS
             yield ImageFile(file.name, file.path, self._labels[folder])
+
+
+def _in_order(names: set[str]) -> list[str]:
+    """Sorted; as numbers if all of them are, so that folder 2 comes before folder 10."""
+    numeric = all(name.isascii() and name.isdigit() and len(name) < 19 for name in names)
+    return sorted(names, key=(lambda name: (int(name), name)) if numeric else None)
 
 
 def _mixing_key(file: InputFile) -> bytes:

@@ -281,7 +281,8 @@ def _add_image_options(images: argparse._ArgumentGroup) -> None:
     images.add_argument(
         "--classes",
         action="append",
-        help="numbers or names, as 207,360; 'none' for no class (default: every class in turn)",
+        help="names, or numbers where no class is named so, as 207,360; 'none' for no class (default: every class, "
+        "--count samples each)",
     )
     images.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance")
     images.add_argument(

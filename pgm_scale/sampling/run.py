@@ -41,8 +41,9 @@ def sample_run(folder: str, request: SampleRequest) -> SampleResult:
     )
     job.write(result.tokens_BL)
     samples = len(result.tokens_BL)
+    where = f", in {request.output_path}" if request.output_path else ""
     print(
-        f"{samples} sample(s) from step {run.step} ({run.weights} weights): "
+        f"{samples} sample(s) from step {run.step} ({run.weights} weights){where}: "
         f"{result.tokens_per_second:,.0f} tokens/s, {samples / result.elapsed_s:,.2f} samples/s, "
         f"{result.forward_passes} forward passes",
         file=sys.stderr,

@@ -142,7 +142,7 @@ def parse_box(text: str, option: str) -> Box:
 def class_numbers(given: list[str] | None, names: tuple[str, ...]) -> np.ndarray:
     """int64 numbers of the classes given: each item is a name, or several numbers and names between commas.
 
-    None is every class in turn; `none` stands for no class. Digits are a number, not a name.
+    None is every class in turn; `none` stands for no class. Digits are a number where no class has that name.
     """
     if given is None:
         return np.arange(len(names))
@@ -156,8 +156,9 @@ def class_numbers(given: list[str] | None, names: tuple[str, ...]) -> np.ndarray
 
 
 def _class_number(item: str, numbers: dict[str, int], classes: int) -> int:
-    number = int(item) if _is_number(item) else numbers.get(item.lower(), -1)
-    if not 0 <= number < classes and item.lower() != "none":
+    named = numbers.get(item.lower())
+    number = named if named is not None else int(item) if _is_number(item) else -1
+    if named is None and not 0 <= number < classes:
         near = difflib.get_close_matches(item.lower(), numbers, n=3)
         hint = (
             f"; did you mean {' or '.join(near)}?" if near else f"; give a number below {classes} or a name"

@@ -170,3 +170,10 @@ def test_inputs_of_several_kinds_or_of_none(tmp_path: Path) -> None:
         open_images([tmp_path], None)
     with pytest.raises(UserError, match="--validation-share 1"):
         ImageSource(open_images([tmp_path / "a.jpg"], None), 1.0)
+
+
+def test_folders_named_by_numbers_are_in_the_order_of_these(tmp_path: Path) -> None:
+    for name in ("10", "2", "1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(JPEGS[int(name) % 7])
+    assert open_images([tmp_path], None).class_names == ("1", "2", "10")

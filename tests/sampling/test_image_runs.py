@@ -208,6 +208,11 @@ def test_classes_are_numbers_or_names(given, expected):
     assert class_numbers(given, CLASS_NAMES).tolist() == expected
 
 
+def test_a_name_of_digits_is_the_class_of_that_name():
+    assert class_numbers(["2,1"], ("1", "2", "10")).tolist() == [1, 0]
+    assert class_numbers(["10"], ("1", "2", "10")).tolist() == [2]
+
+
 @pytest.mark.parametrize("given", ["-1", "3", "tench", "", "1,,2", "²", "9" * 5000])
 def test_classes_that_are_not_there_are_refused(given):
     with pytest.raises(UserError, match="no such class"):

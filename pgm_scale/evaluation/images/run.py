@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from pgm_scale.data.manifest import ImageContent
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.chunks import ChunkFolder, Columns
 from pgm_scale.evaluation.images.classifier import LightClassifier, require_scikit_learn
@@ -95,11 +96,20 @@ def evaluate_images(
         raise UserError(f"--count {request.count}: the scores need at least {SPLITS} images; ask for more")
     device = _device(launch)
     desk = _Desk(comparison, launch, open_features(comparison.features, comparison.inception_path, device))
-    vq = VQTokenizer.load(request.vq_path or run_folder, device)
-    reference = _open_reference(desk, vq)
     run = RunFolder(run_folder).identity()
+    if run.images is None or run.images.tokens != "codes":
+        raise UserError(
+            f"{run_folder} is no run on codes of images; give one of objective image_pgm or maskgit"
+        )
+    vq = VQTokenizer.load(request.vq_path or run_folder, device)
     if vq_sha256(vq) != run.tokenizer_sha256:
-        raise UserError(f"{run_folder} was trained on codes of another VQ tokenizer than {request.vq_path}")
+        raise UserError(
+            f"{run_folder} was trained on codes of another VQ tokenizer than {request.vq_path or 'its own copy'}; "
+            "give that one with --vq"
+        )
+    reference = _open_reference(desk, vq)
+    if reference.source is not None:
+        _check_shape(reference.source.shape_HWC, run.images, reference.name)
     labelled = _labelled(reference, request, run)
     lessons = _lessons(request, comparison, labelled, vq, run)
     with only_process(comparison.work, launch):
@@ -254,6 +264,16 @@ class _Reference:
                 "count": moments.count,
             }
         }
+
+
+def _check_shape(shape_HWC: tuple[int, int, int], run: ImageContent, where: str) -> None:
+    """Refuse a reference of another size or colour, whose distance would mean nothing."""
+    expected = (run.side_pixels, run.side_pixels, run.channels)
+    if shape_HWC != expected:
+        raise UserError(
+            f"{where}: images of {' x '.join(map(str, shape_HWC))} values, those of the run have "
+            f"{' x '.join(map(str, expected))}; prepare the reference with the same --size and --channels"
+        )
 
 
 def _open_reference(desk: _Desk, vq: VQTokenizer | None) -> _Reference:

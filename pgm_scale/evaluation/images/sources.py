@@ -59,6 +59,7 @@ class SplitImages:
         self.class_names = content.class_names
         self.content: Literal["pixels", "codes"] = content.tokens
         self._image = content
+        self.shape_HWC = (content.side_pixels, content.side_pixels, content.channels)
         self._vq = vq
         order = GlobalOrder(storage.manifest.rows_per_shard, 0, 1, shuffle=False)
         self._loader = TokenLoader(storage, order)
@@ -108,6 +109,7 @@ class FolderImages:
         self.sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
         self.identity = {"folder_sha256": self.sha256}
         self._side = self._pixels(self._files[0]).shape[0]
+        self.shape_HWC = (self._side, self._side, 3)
 
     def read(self, numbers: range) -> Images:
         return Images(np.stack([self._pixels(self._files[number]) for number in numbers]), {})

@@ -351,7 +351,14 @@ def test_the_command_writes_a_result_and_tells_what_is_wrong(
     assert main([*reconstruction, *light]) == 0
     assert json.loads(out.read_text())["psnr_db"] > 0
     capsys.readouterr()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (5, 5)).save(tmp_path / "small" / "a.png")
     for wrong, message in [
+        (
+            [*arguments[:2], "--reference", str(tmp_path / "small"), *light],
+            "small: images of 5 x 5 x 3 values, those of the run",
+        ),
         ([*arguments[:4], "--out", str(out)], "inception features need --inception PATH"),
         ([*arguments, "--quirks", "none,all"], "--quirks none,all: 'none' is not one of"),
         ([*arguments[:-1], "9"], "the scores need at least 10 images"),
@@ -359,7 +366,7 @@ def test_the_command_writes_a_result_and_tells_what_is_wrong(
         ([*reconstruction, *light, "--vq", str(tmp_path / "absent")], "absent: no such VQ tokenizer"),
         ([*arguments[:2], "--reference", "nowhere", *light], "nowhere: no such folder"),
         ([*reconstruction[:-1], tiny.codes, *light], "--reconstruction needs the original images"),
-        ([*arguments, "--labels", "balanced", "--classifier", str(tmp_path)], "no images in it"),
+        ([*arguments, "--labels", "balanced", "--classifier", str(tmp_path / "empty")], "no images in it"),
     ]:
         assert main(wrong) == 2, wrong
         errors = capsys.readouterr().err
