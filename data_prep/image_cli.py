@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         rows_per_shard=args.rows_per_shard,
         workers=args.workers,
         show_progress=not args.quiet,
-        size=args.size or _usual_size(args),
+        size=_usual_size(args) if args.size is None else args.size,
         channels=getattr(args, "channels", 3),
         augmentation=augmentation,
         max_corrupt_share=args.max_corrupt_share,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,10 +175,9 @@ class CodeJob(PixelJob):
         self._pixels = PixelEncoding(options.size, self._vq.config.image_channels, options.augmentation)
 
     def plan(self) -> dict[str, Any]:
-        description = hashlib.sha256(self._vq.description()).hexdigest()
         # Rounding differs between batches and devices, and may tip two codes that are equally near.
         computed = {"batch": self._options.batch, "device": self._options.device}
-        return super().plan() | {"tokenizer": description} | computed
+        return super().plan() | {"tokenizer": self._vq.sha256} | computed
 
     def make_tokenizer(self, folder: Path, progress: Progress) -> None:
         self._vq.save(folder)

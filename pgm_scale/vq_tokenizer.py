@@ -50,6 +50,11 @@ class VQTokenizer:
         """Pixels a code, along a side."""
         return downsampling(self.config)
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the description: what manifests and runs call `tokenizer_sha256`."""
+        return hashlib.sha256(self.description()).hexdigest()
+
     @torch.inference_mode()
     def encode(self, pixels_BHWC: np.ndarray | Tensor, batch_images: int = 16) -> np.ndarray:
         """int64 codes `[B, h * w]`, row by row, of uint8 images; `batch_images` at a time bound the memory.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +70,7 @@ class ImageJob:
         """
         path = self.request.images.vq_path or self.run_folder
         vq = VQTokenizer.load(path, self.device)
-        if hashlib.sha256(vq.description()).hexdigest() != self.identity.tokenizer_sha256:
+        if vq.sha256 != self.identity.tokenizer_sha256:
             raise UserError(
                 f"{path} is not the VQ tokenizer that the run's data were made with; give that one with --vq"
             )

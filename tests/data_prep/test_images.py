@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from data_prep import pipeline
+from data_prep.image_cli import _usual_size
 from data_prep.image_sources import ImageSource, open_images
 from data_prep.images import prepare_images, read_rejected
 from data_prep.units import Unit, UnitRows
@@ -22,10 +24,12 @@ from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import UserError
 from pgm_scale.files import sha256_file
 from pgm_scale.models.vq import VQModel
+from pgm_scale.run_folder import RunFolder
 from pgm_scale.vq_tokenizer import VQTokenizer
 from tests.data_prep.pictures import CARELESS_BAD, published, write_careless_folder, write_folder
 from tests.data_prep.small_image_run import options, source
 from tests.data_prep.test_cli import run as run_command
+from tests.sampling.image_runs import write_image_run
 
 PLAIN = {"augmentation": "none", "size": 16}
 
@@ -283,3 +287,12 @@ def test_shards_beyond_the_format_are_refused_before_anything_is_read(tmp_path: 
     with pytest.raises(UserError, match=r"--rows-per-shard 1024: .*; give --rows-per-shard 994 or fewer"):
         prepare_images(source(folder), large)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_usual_size_is_that_of_a_tokenizers_own_images(tmp_path: Path) -> None:
+    run = write_image_run(tmp_path / "run")
+    images = RunFolder(run).identity().images
+    assert images is not None
+    assert _usual_size(Namespace(vq=run)) == images.side_pixels != 256
+    assert _usual_size(Namespace(vq=tmp_path / "published.pt")) == 256
+    assert _usual_size(Namespace()) == 256

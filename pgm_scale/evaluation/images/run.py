@@ -26,7 +26,6 @@ from pgm_scale.evaluation.images.sources import (
     SampledImages,
     SplitImages,
     open_images,
-    vq_sha256,
 )
 from pgm_scale.evaluation.images.statistics import read_statistics, write_statistics
 from pgm_scale.evaluation.images.work import chosen_step, only_process
@@ -102,7 +101,7 @@ def evaluate_images(
             f"{run_folder} is no run on codes of images; give one of objective image_pgm or maskgit"
         )
     vq = VQTokenizer.load(request.vq_path or run_folder, device)
-    if vq_sha256(vq) != run.tokenizer_sha256:
+    if vq.sha256 != run.tokenizer_sha256:
         raise UserError(
             f"{run_folder} was trained on codes of another VQ tokenizer than {request.vq_path or 'its own copy'}; "
             "give that one with --vq"
@@ -128,7 +127,7 @@ def evaluate_images(
         identity = sampler.identity(labels)
         codes = ChunkFolder(comparison.work, "codes", identity, request.count, comparison.chunk_images)
         codes.fill(lambda numbers: sampler.codes(numbers, labels), launch, "sampling")
-        sampled = SampledImages(codes, identity | {"vq": vq_sha256(vq)}, vq, comparison.batch_images)
+        sampled = SampledImages(codes, identity | {"vq": vq.sha256}, vq, comparison.batch_images)
         generated = desk.extract(sampled, "features of samples")
         known = desk.extract(reference.source, "features of the reference") if reference.source else None
         learned = known if lessons is reference.source else None
@@ -141,7 +140,7 @@ def evaluate_images(
         return {
             "run": run_folder,
             **identity,
-            "vq_sha256": vq_sha256(vq),
+            "vq_sha256": vq.sha256,
             "count": request.count,
             **desk.distance(generated, moments),
             **_scores(desk, generated, learned, known if labelled is not None else None),
@@ -178,7 +177,7 @@ def evaluate_reconstruction(vq_path: str, comparison: Comparison, launch: Launch
         decibels_B = -10.0 * np.log10(squared_B)
     return {
         "vq": vq_path,
-        "vq_sha256": vq_sha256(vq),
+        "vq_sha256": vq.sha256,
         "count": len(squared_B),
         **desk.distance(rebuilt, moments),
         "mean_squared_error": float(squared_B.mean()),  # of pixels in [0, 1]

@@ -154,7 +154,7 @@ class ReconstructedImages:
     def __init__(self, originals: ImageSource, vq: VQTokenizer, batch_images: int) -> None:
         self.name = f"reconstruction of {originals.name}"
         self.count = originals.count
-        self.identity = {"originals": originals.identity, "vq_sha256": vq_sha256(vq)}
+        self.identity = {"originals": originals.identity, "vq_sha256": vq.sha256}
         self._originals, self._vq, self._batch_images = originals, vq, batch_images
 
     def read(self, numbers: range) -> Images:
@@ -193,13 +193,8 @@ def open_images(
             f"{path} is a split of codes, and --reconstruction needs the original images; "
             "give their split of pixels, or a folder of images"
         )
-    if vq_sha256(vq) != storage.manifest.tokenizer_sha256:
+    if vq.sha256 != storage.manifest.tokenizer_sha256:
         raise UserError(
             f"{path} holds codes of another VQ tokenizer; give a split of its pixels, or its --vq"
         )
     return SplitImages(path, content, storage, vq)
-
-
-def vq_sha256(vq: VQTokenizer) -> str:
-    """What manifests and runs call `tokenizer_sha256`."""
-    return hashlib.sha256(vq.description()).hexdigest()
