@@ -95,8 +95,8 @@ def unigram() -> Perplexity:
 def sampler_speeds() -> dict[str, float]:
     """Tokens/s of the trained PGM and of an MDLM with as many blocks, alternating, best of three each."""
     run = load_run(FOLDER / "run")
-    vocabulary, length = run.identity.vocabulary, run.identity.length_tokens
-    pgm = run.config.model
+    vocabulary, length = run.description.vocabulary, run.description.length_tokens
+    pgm = run.description.model
     assert pgm.kind == "partition_transformer"
     size = DiffusionTransformerConfig(
         hidden_size=pgm.hidden_size,
@@ -107,8 +107,8 @@ def sampler_speeds() -> dict[str, float]:
     mdlm = build_model(size, vocabulary.size, length)  # weights do not matter for the speed
     known_BL = known_prefixes([[]] * 32, length, vocabulary.bos_id)
     contestants = {
-        "PGM": (run.model, run.config.sampler),
-        "MDLM": (mdlm, SamplerConfig("ancestral_cached", steps=run.config.sampler.steps)),
+        "PGM": (run.model, run.description.sampler),
+        "MDLM": (mdlm, SamplerConfig("ancestral_cached", steps=run.description.sampler.steps)),
     }
     speeds = dict.fromkeys(contestants, 0.0)
     for _ in range(3):

@@ -93,14 +93,14 @@ def sampler_speeds() -> dict[str, float]:
     speeds = dict.fromkeys(runs, 0.0)
     for _ in range(3):
         for name, run in runs.items():
-            identity = run.identity
+            description = run.description
             done = sample(
                 run.model,
-                identity.vocabulary,
-                identity.length_tokens,
-                run.config.sampler,
+                description.vocabulary,
+                description.length_tokens,
+                description.sampler,
                 known_BL=known_prefixes(
-                    [[]] * SPEED_IMAGES, identity.length_tokens, identity.vocabulary.bos_id
+                    [[]] * SPEED_IMAGES, description.length_tokens, description.vocabulary.bos_id
                 ),
                 labels_B=np.arange(SPEED_IMAGES) % 10,
                 seed=0,

@@ -24,12 +24,12 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from pgm_scale import config as configuration
+from pgm_scale.checkpoint.manifest import MANIFEST_NAME as CHECKPOINT_MANIFEST_NAME
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.data.manifest import (
@@ -41,8 +41,10 @@ from pgm_scale.data.manifest import (
 )
 from pgm_scale.data.storage import is_remote
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.files import atomic_write_bytes, sha256_file
+from pgm_scale.model_folder import copy_weights
 from pgm_scale.models import build_model
+from pgm_scale.trained_model import ModelDescription, Origin, TrainedModel, Weights
 
 # A resumed run must agree with itself in these; the rest may change between sessions.
 _FIXED_SECTIONS = ("model", "objective", "optimizer")
@@ -133,6 +135,20 @@ class RunFolder:
             )
         return configuration.load(self.config_path)
 
+    def description(self, origin: Origin) -> ModelDescription:
+        """Of the model that this run trains."""
+        config, identity = self.config(), self.identity()
+        return ModelDescription(
+            config.model,
+            config.objective,
+            config.sampler,
+            identity.vocabulary,
+            identity.length_tokens,
+            identity.tokenizer_sha256,
+            identity.images,
+            origin,
+        )
+
     def unit_costs(self, kinds: Iterable[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Seconds of each kind of unit: those that were measured before in this run, or else now."""
         try:
@@ -206,7 +222,7 @@ def _identity_differences(stored: RunIdentity, given: RunIdentity) -> list[str]:
     return lines + [f"data.train: {line}" for line in image_differences(stored.images, given.images)]
 
 
-def check_fits_run(manifest: DatasetManifest, identity: RunIdentity, where: str) -> None:
+def check_fits_run(manifest: DatasetManifest, identity: RunIdentity | ModelDescription, where: str) -> None:
     """Refuse to read a split with a model that was trained on other token ids."""
     lines = [
         f"{label}: the run has {mine}, the split has {theirs}"
@@ -222,26 +238,14 @@ def check_fits_run(manifest: DatasetManifest, identity: RunIdentity, where: str)
         raise UserError(f"{where} does not fit the run:\n  " + "\n  ".join(lines))
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model, ready to sample from or to evaluate, and what belongs to it."""
-
-    model: nn.Module
-    config: RunConfig
-    identity: RunIdentity
-    tokenizer_path: Path
-    step: int
-    weights: str
-
-
 def load_run(
     folder: str | Path,
     *,
     step: int | None = None,
-    weights: Literal["ema", "weight"] = "ema",
+    weights: Weights = "ema",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> LoadedRun:
+) -> TrainedModel:
     """Load a checkpoint of a run; `ema` falls back to the weights of a run without an average.
 
     Args:
@@ -261,16 +265,14 @@ def load_run(
         store.verify(step)
     else:
         raise UserError(f"{run.path} has no checkpoint of step {step}; give one of {store.steps()}")
-    kind: Literal["ema", "weight"] = weights if weights in store.kinds(step) else "weight"
+    kind: Weights = weights if weights in store.kinds(step) else "weight"
     model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
-    tensors = store.read_full(step, kind)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if expected != found:
-        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise UserError(f"checkpoint {step} of {run.path} does not fit its configuration: {', '.join(wrong)}")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+    copy_weights(model, store.read_full(step, kind), f"checkpoint {step} of {run.path}")
     model.eval().requires_grad_(False)
-    return LoadedRun(model.to(device, dtype), config, identity, run.tokenizer_path, step, kind)
+    origin = Origin(config.name, identity.run_id, step, kind, checkpoint_sha256(store, step))
+    return TrainedModel(model.to(device, dtype), run.description(origin), run.path)
+
+
+def checkpoint_sha256(store: CheckpointStore, step: int) -> str:
+    """Of the step's manifest, which holds the SHA-256 of each of its files."""
+    return sha256_file(store.folders.of(step) / CHECKPOINT_MANIFEST_NAME)

@@ -9,8 +9,9 @@ import torch
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.evaluation.perplexity import Perplexity
 from pgm_scale.evaluation.validation import VALIDATION_SEED, validate, validation_loader
+from pgm_scale.loading import load
 from pgm_scale.objectives import Objective, build_objective
-from pgm_scale.run_folder import check_fits_run, load_run
+from pgm_scale.run_folder import RunFolder, check_fits_run
 
 
 def evaluate_run(
@@ -29,10 +30,12 @@ def evaluate_run(
         UserError: no checkpoint, or the split has another tokenizer, vocabulary or length than the run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_run(folder, weights=weights, device=device)
-    storage = SplitStorage(split or run.config.data.validation, run.config.data.cache_folder)
-    check_fits_run(storage.manifest, run.identity, storage.split)
-    objective = build_objective(run.config.objective, run.identity.vocabulary, run.config.model)
+    run = load(folder, weights=weights, device=device)
+    description, origin = run.description, run.description.origin
+    data = RunFolder(folder).config().data
+    storage = SplitStorage(split or data.validation, data.cache_folder)
+    check_fits_run(storage.manifest, description, storage.split)
+    objective = build_objective(description.objective, description.vocabulary, description.model)
     result = validate(
         run.model,
         objective,
@@ -44,11 +47,11 @@ def evaluate_run(
     )
     return {
         "run": str(folder),
-        "run_id": run.identity.run_id,
-        "step": run.step,
-        "weights": run.weights,
+        "run_id": origin.run_id,
+        "step": origin.step,
+        "weights": origin.weights,
         "split": storage.split,
-        "objective": run.config.objective.kind,
+        "objective": description.objective.kind,
         "seed": VALIDATION_SEED,
         "draws": draws,
         "precision": "fp32",

@@ -12,11 +12,12 @@ import torch
 
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
-from pgm_scale.run_folder import LoadedRun, RunFolder, load_run
+from pgm_scale.loading import load, read_images
 from pgm_scale.sampling import SAMPLERS, SampleResult, fitting_sampler, sample
 from pgm_scale.sampling.request import SampleRequest, parse_quirks, refuse_options
 from pgm_scale.sampling.run_images import ImageJob
 from pgm_scale.sampling.run_text import TextJob
+from pgm_scale.trained_model import TrainedModel
 
 
 def sample_run(folder: str, request: SampleRequest) -> SampleResult:
@@ -24,14 +25,14 @@ def sample_run(folder: str, request: SampleRequest) -> SampleResult:
     job_type = _job_type(folder, request)
     job_type.check(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_run(folder, weights=request.weights, device=device)
+    run = load(folder, weights=request.weights, device=device)
     config = _sampler(run, request)
     job = job_type(run, request, device)
     known_BL, labels_B = job.inputs(None if request.known_path is None else _known_tokens(request.known_path))
     result = sample(
         run.model,
-        run.identity.vocabulary,
-        run.identity.length_tokens,
+        run.description.vocabulary,
+        run.description.length_tokens,
         config,
         known_BL=known_BL,
         labels_B=labels_B,
@@ -40,10 +41,10 @@ def sample_run(folder: str, request: SampleRequest) -> SampleResult:
         device=device,
     )
     job.write(result.tokens_BL)
-    samples = len(result.tokens_BL)
+    samples, origin = len(result.tokens_BL), run.description.origin
     where = f", in {request.output_path}" if request.output_path else ""
     print(
-        f"{samples} sample(s) from step {run.step} ({run.weights} weights){where}: "
+        f"{samples} sample(s) from step {origin.step} ({origin.weights} weights){where}: "
         f"{result.tokens_per_second:,.0f} tokens/s, {samples / result.elapsed_s:,.2f} samples/s, "
         f"{result.forward_passes} forward passes",
         file=sys.stderr,
@@ -59,9 +60,7 @@ def print_kinds() -> None:
 
 def _job_type(folder: str, request: SampleRequest) -> type[TextJob] | type[ImageJob]:
     """By what the run was trained on; options for the other kind of run are refused."""
-    run_folder = RunFolder(folder)
-    run_folder.config()  # which says it best, if this is no run
-    images = run_folder.identity().images
+    images = read_images(folder)
     if images is None:
         refuse_options(request.images, folder, "text")
         return TextJob
@@ -73,8 +72,8 @@ def _job_type(folder: str, request: SampleRequest) -> type[TextJob] | type[Image
     return ImageJob
 
 
-def _sampler(run: LoadedRun, request: SampleRequest) -> SamplerConfig:
-    config = fitting_sampler(run.config.sampler, run.model)
+def _sampler(run: TrainedModel, request: SampleRequest) -> SamplerConfig:
+    config = fitting_sampler(run.description.sampler, run.model)
     if request.kind is not None:
         if request.kind not in SAMPLERS:
             raise UserError(f"--sampler {request.kind} is not one of {', '.join(SAMPLERS)}")

@@ -14,7 +14,6 @@ import torch
 from pgm_scale.data.manifest import ImageContent
 from pgm_scale.errors import UserError
 from pgm_scale.files import check_writable
-from pgm_scale.run_folder import LoadedRun
 from pgm_scale.sampling import known_prefixes
 from pgm_scale.sampling.images import (
     Box,
@@ -27,18 +26,19 @@ from pgm_scale.sampling.images import (
 )
 from pgm_scale.sampling.output import write_samples
 from pgm_scale.sampling.request import SampleRequest, parse_quirks
+from pgm_scale.trained_model import TrainedModel
 from pgm_scale.vq_tokenizer import VQTokenizer
 
 
 class ImageJob:
     """What a request says of the images of a run."""
 
-    def __init__(self, run: LoadedRun, request: SampleRequest, device: torch.device) -> None:
-        content = run.identity.images
+    def __init__(self, run: TrainedModel, request: SampleRequest, device: torch.device) -> None:
+        content = run.description.images
         assert content is not None, "this is no run of images"
         self.content: ImageContent = content
-        self.identity, self.request, self.device = run.identity, request, device
-        self.run_folder = run.tokenizer_path.parent
+        self.description, self.request, self.device = run.description, request, device
+        self.run_folder = run.folder
         self.labels = class_numbers(request.images.classes, content.class_names)
         self.output_kind = _output_kind(request.output_path)
         if self.output_kind != "codes":
@@ -70,7 +70,7 @@ class ImageJob:
         """
         path = self.request.images.vq_path or self.run_folder
         vq = VQTokenizer.load(path, self.device)
-        if vq.sha256 != self.identity.tokenizer_sha256:
+        if vq.sha256 != self.description.tokenizer_sha256:
             raise UserError(
                 f"{path} is not the VQ tokenizer that the run's data were made with; give that one with --vq"
             )
@@ -100,9 +100,9 @@ class ImageJob:
         return np.repeat(self.labels, count // len(self.labels))
 
     def _known_of_image(self) -> np.ndarray:
-        bos_id, options = self.identity.vocabulary.bos_id, self.request.images
+        bos_id, options = self.description.vocabulary.bos_id, self.request.images
         if options.inpaint_path is None:
-            return known_prefixes([[]], self.identity.length_tokens, bos_id)
+            return known_prefixes([[]], self.description.length_tokens, bos_id)
         pixels = read_image(options.inpaint_path, self.content.side_pixels, self.content.channels)
         if options.box is not None:
             return known_outside(pixels, parse_box(options.box, "--box"), self.vq, bos_id)

@@ -12,17 +12,17 @@ from tokenizers import Tokenizer
 
 from pgm_scale.errors import UserError
 from pgm_scale.files import check_writable
-from pgm_scale.run_folder import LoadedRun
 from pgm_scale.sampling import UNKNOWN, known_prefixes
 from pgm_scale.sampling.output import load_tokenizer, render_samples, write_samples
 from pgm_scale.sampling.request import SampleRequest
+from pgm_scale.trained_model import TrainedModel
 
 
 class TextJob:
     """What a request says of the texts of a run."""
 
-    def __init__(self, run: LoadedRun, request: SampleRequest, device: torch.device) -> None:
-        self.identity, self.request = run.identity, request
+    def __init__(self, run: TrainedModel, request: SampleRequest, device: torch.device) -> None:
+        self.description, self.request = run.description, request
         self.tokenizer = load_tokenizer(run.tokenizer_path)
 
     @staticmethod
@@ -35,7 +35,7 @@ class TextJob:
 
     def inputs(self, known_BL: np.ndarray | None) -> tuple[np.ndarray, None]:
         """`known_BL` of all samples: the given one's, the template's or the prompts', each `count` times."""
-        length, bos_id = self.identity.length_tokens, self.identity.vocabulary.bos_id
+        length, bos_id = self.description.length_tokens, self.description.vocabulary.bos_id
         if known_BL is None and self.request.text.template:
             known_BL = known_template(self.request.text.template, self.tokenizer, length, bos_id)
         elif known_BL is None:

@@ -107,10 +107,10 @@ def test_options_of_image_samplers_are_settings_of_the_run(pgm_run, sampler, nam
     given_BL = codes(pgm_run, tmp_path / "b.npy", *arguments, f"--{name.replace('_', '-')}", given)
     assert (given_BL != without_BL).any()
     loaded = load_run(pgm_run)
-    config = replace(loaded.config.sampler, kind=sampler, **{name: value})
+    config = replace(loaded.description.sampler, kind=sampler, **{name: value})
     result = sample(
         loaded.model,
-        loaded.identity.vocabulary,
+        loaded.description.vocabulary,
         LENGTH,
         config,
         known_BL=known_prefixes([[]] * 4, LENGTH, BOS),

@@ -24,7 +24,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def write(folder: Path, peers: Peers) -> None:
     run = load_run(folder)
     write_validation_samples(
-        run.model, run.config, run.identity, RunFolder(folder), 12, torch.device("cpu"), peers
+        run.model,
+        RunFolder(folder).config(),
+        RunFolder(folder).identity(),
+        RunFolder(folder),
+        12,
+        torch.device("cpu"),
+        peers,
     )
 
 

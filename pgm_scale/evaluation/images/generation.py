@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from pgm_scale.checkpoint.manifest import MANIFEST_NAME
-from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.chunks import Columns
 from pgm_scale.evaluation.images.sources import SplitImages
-from pgm_scale.files import sha256_file
-from pgm_scale.run_folder import LoadedRun, load_run
+from pgm_scale.loading import load
 from pgm_scale.sampling import class_count, fitting_sampler, known_prefixes, sample
+from pgm_scale.trained_model import TrainedModel
 
 LabelOrder = Literal["reference", "balanced"]
 Precision = Literal["fp32", "bf16"]
@@ -53,25 +50,25 @@ class ImageSampler:
             UserError: no run, no such checkpoint, or not one of a class-conditional model of images.
         """
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.run: LoadedRun = load_run(folder, step=step, weights=weights, device=device, dtype=dtype)
+        self.run: TrainedModel = load(folder, step=step, weights=weights, device=device, dtype=dtype)
         self.classes = class_count(self.run.model)
         if not self.classes:
             raise UserError(
                 f"{folder} is not the run of a class-conditional model of images; give one of image_pgm or maskgit"
             )
-        usual = fitting_sampler(self.run.config.sampler, self.run.model)
+        usual = fitting_sampler(self.run.description.sampler, self.run.model)
         self.config: SamplerConfig = dataclasses.replace(usual, **settings)
-        self.checkpoint_sha256 = _checkpoint_sha256(folder, self.run.step)
         self._seed, self._batch_images, self._device = seed, batch_images, device
         self._precision = precision
 
     def identity(self, labels: Labels) -> dict[str, Any]:
         """What decides the codes, in plain JSON values; batch sizes do not."""
+        origin = self.run.description.origin
         return {
-            "run_id": self.run.identity.run_id,
-            "step": self.run.step,
-            "weights": self.run.weights,
-            "checkpoint_sha256": self.checkpoint_sha256,
+            "run_id": origin.run_id,
+            "step": origin.step,
+            "weights": origin.weights,
+            "checkpoint_sha256": origin.checkpoint_sha256,
             "precision": self._precision,
             "sampler": dataclasses.asdict(self.config),
             "seed": self._seed,
@@ -101,14 +98,16 @@ class ImageSampler:
 
     def codes(self, numbers: range, labels: Labels) -> Columns:
         """`codes` int32 [B, L] of these samples, row by row of the grid, their `labels`, and seconds for each."""
-        identity = self.run.identity
+        description = self.run.description
         labels_B = labels.of(np.array(numbers))
         result = sample(
             self.run.model,
-            identity.vocabulary,
-            identity.length_tokens,
+            description.vocabulary,
+            description.length_tokens,
             self.config,
-            known_BL=known_prefixes([[]] * len(numbers), identity.length_tokens, identity.vocabulary.bos_id),
+            known_BL=known_prefixes(
+                [[]] * len(numbers), description.length_tokens, description.vocabulary.bos_id
+            ),
             labels_B=labels_B,
             seed=self._seed,
             batch_sequences=self._batch_images,
@@ -118,9 +117,3 @@ class ImageSampler:
         seconds_B = np.full(len(numbers), result.elapsed_s / len(numbers))
         codes_BL = result.tokens_BL[:, 1:].astype(np.int32)
         return {"codes": codes_BL, "labels": labels_B.astype(np.int64), "sampling_s": seconds_B}
-
-
-def _checkpoint_sha256(folder: str, step: int) -> str:
-    """Of the step's manifest, which holds the SHA-256 of each of its files."""
-    step_folder: Path = CheckpointStore(folder).folders.of(step)
-    return sha256_file(step_folder / MANIFEST_NAME)

@@ -77,14 +77,14 @@ def test_numbers_equal_sampling_and_comparing_in_one_go(tiny: TinyImages, tmp_pa
     result = _evaluate(tiny, tmp_path)
     run = load_run(tiny.run)
     labels = tiny.labels_B[:33]  # in the order of the reference's rows
-    config = replace(run.config.sampler, guidance=1.0)
-    length = run.identity.length_tokens
+    config = replace(run.description.sampler, guidance=1.0)
+    length = run.description.length_tokens
     tokens = sample(
         run.model,
-        run.identity.vocabulary,
+        run.description.vocabulary,
         length,
         config,
-        known_BL=known_prefixes([[]] * 33, length, run.identity.vocabulary.bos_id),
+        known_BL=known_prefixes([[]] * 33, length, run.description.vocabulary.bos_id),
         labels_B=labels,
         seed=3,
         batch_sequences=33,
@@ -98,7 +98,7 @@ def test_numbers_equal_sampling_and_comparing_in_one_go(tiny: TinyImages, tmp_pa
     assert (result["reference"]["name"], result["reference"]["content"]) == (tiny.pixels, "pixels")
     assert result["reference"]["count"] == 45
     assert len(result["reference"]["sha256"]) == len(result["checkpoint_sha256"]) == 64
-    assert result["vq_sha256"] == run.identity.tokenizer_sha256
+    assert result["vq_sha256"] == run.description.tokenizer_sha256
     assert result["features"]["name"] == "light-1"
     assert 1 <= result["classifier_score"] <= 2
     assert result["images_per_second_per_process"] > 0

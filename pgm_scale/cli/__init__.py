@@ -1,0 +1,68 @@
+"""`pgm-scale`: one command, a thin face over the library, with a file for each group of commands.
+
+Heavy imports happen inside the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from data_prep import cli as preparation
+from pgm_scale.cli import check, evaluate, plan, sample, train
+from pgm_scale.errors import UserError
+
+_EPILOG = """exit codes: 0 done; 1 a bug of ours (with a traceback); 2 bad input; 3 a loss or gradient that is
+not finite; 4 a rank hung or died, and is named; 75 stopped by a signal after saving, run the same command to go
+on; 130 interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a `UserError` becomes its one message on stderr and its exit code."""
+    options = _parse(arguments)
+    # Before torch is imported: it would print the C++ frames of every broken connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        options.run(options)
+    except UserError as error:
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        print(f"{'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        return error.exit_code
+    except MemoryError as error:
+        print(f"not enough memory ({error}); ask for less at a time", file=sys.stderr)
+        return UserError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse, but overrides may also stand behind options, where it does not look for them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+        return parser.parse_args(arguments)  # which says what is wrong
+    options.overrides += rest
+    return options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pgm-scale",
+        description="Pretrain, evaluate and sample Partition Generative Models and their baselines.",
+        epilog=_EPILOG,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    preparation.add_arguments(commands)
+    commands.choices["prepare"].set_defaults(run=preparation.run)
+    for group in (train, evaluate, sample, plan, check):
+        group.add_commands(commands)
+    return parser

@@ -1,0 +1,45 @@
+"""`pgm-scale config` and `doctor`: look before you train."""
+
+from __future__ import annotations
+
+import argparse
+
+from pgm_scale.cli.arguments import add_config_arguments
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    _add_config(commands)
+    _add_doctor(commands)
+
+
+def _add_config(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "config",
+        help="print the resolved configuration",
+        description="Read a configuration, apply overrides, check everything, print it whole as YAML.",
+    )
+    add_config_arguments(parser)
+    parser.set_defaults(run=_print_config)
+
+
+def _print_config(options: argparse.Namespace) -> None:
+    from pgm_scale import config as configuration
+
+    print(configuration.to_yaml(configuration.load(options.config, options.overrides)), end="")
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine, and a configuration's data and folders",
+        description="Versions, devices, NVIDIA Apex or its fallback, and, under a launcher, the rank map. With a "
+        "configuration: hashes of all shards and room in the run folder. Exit code 2 if something is wrong.",
+    )
+    add_config_arguments(parser, optional=True)
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from pgm_scale.doctor import examine
+
+    examine(options.config, options.overrides)
