@@ -26,9 +26,10 @@ from pgm_scale import config as configuration
 from pgm_scale.config import DiffusionTransformerConfig, SamplerConfig
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.evaluation.perplexity import Perplexity, unigram_perplexity
-from pgm_scale.evaluation.report import plot_curves, read_metrics
 from pgm_scale.evaluation.validation import validation_loader
 from pgm_scale.models import build_model
+from pgm_scale.reporting.metrics_file import read_metrics
+from pgm_scale.reporting.overview import plot_curves
 from pgm_scale.run_folder import load_run
 from pgm_scale.sampling import known_prefixes, sample
 

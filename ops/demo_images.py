@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ops.demo_tools import run_command, steps_within_budget
-from pgm_scale.evaluation.report import read_metrics
 from pgm_scale.files import atomic_write_bytes
+from pgm_scale.reporting.metrics_file import read_metrics
 from pgm_scale.run_folder import load_run
 from pgm_scale.sampling import known_prefixes, sample
 

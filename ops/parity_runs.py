@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models
 
+from ops.code_split import write_code_split
 from pgm_scale.checkpoint.fragments import KINDS
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import (
@@ -44,7 +45,7 @@ from pgm_scale.config import (
     TrainingConfig,
     ValidationConfig,
 )
-from pgm_scale.data.manifest import VQ_WEIGHTS_NAME, DatasetManifest, ImageContent, Vocabulary
+from pgm_scale.data.manifest import DatasetManifest, Vocabulary
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.data.writers import shard_name, write_shard
 from pgm_scale.files import sha256_file
@@ -162,27 +163,10 @@ def write_data(folder: Path) -> Path:
 
 def _write_images(folder: Path, split: str, rows: int, generator: np.random.Generator) -> None:
     """Rows of BOS and random codes, whose VQ is never loaded."""
-    tokenizer, weights = folder / "tokenizer.json", folder / VQ_WEIGHTS_NAME
-    weights.touch()
-    tokenizer.write_text(json.dumps({"kind": "vq", "weights_sha256": sha256_file(weights)}))
     tokens = generator.integers(0, CODEBOOK, (rows, 1 + GRID_SIDE**2)).astype(np.uint16)
     tokens[:, 0] = IMAGE_VOCABULARY.bos_id
-    valid, labels = np.full(rows, tokens.shape[1]), generator.integers(0, len(CLASSES), rows)
-    DatasetManifest(
-        format="tar",
-        split=split,
-        vocabulary=IMAGE_VOCABULARY,
-        tokenizer_sha256=sha256_file(tokenizer),
-        length_tokens=tokens.shape[1],
-        token_dtype="uint16",
-        packing="none",
-        source={},
-        documents=rows,
-        rows=rows,
-        tokens=tokens.size,
-        shards=(write_shard(folder, shard_name(0, "tar"), "tar", tokens, valid, labels),),
-        images=ImageContent("codes", side_pixels=8, channels=1, grid_side=GRID_SIDE, class_names=CLASSES),
-    ).save(folder)
+    labels = generator.integers(0, len(CLASSES), rows)
+    write_code_split(folder, split, tokens, labels, IMAGE_VOCABULARY, CLASSES, shard_format="tar")
 
 
 def _write_text(folder: Path, split: str, rows: int, generator: np.random.Generator) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -47,16 +50,30 @@ def decode(content: bytes, channels: int) -> Image.Image:
         raise UnreadableImage("an empty file")
     if len(content) > LARGEST_FILE_BYTES:
         raise UnreadableImage(f"{len(content)} bytes, more than {LARGEST_FILE_BYTES}")
+    with _decoding(), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        if image.width * image.height > LARGEST_PIXELS:
+            raise UnreadableImage(f"{image.width} x {image.height} pixels, more than {LARGEST_PIXELS}")
+        image.load()
+        return _upright(image, _converted(image, "RGB" if channels == 3 else "L"))
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Width and height as the first bytes of an image file tell them; what follows may still be damaged.
+
+    Raises:
+        UnreadableImage: no image, or a file that cannot be read.
+    """
+    with _decoding(), Image.open(path, formats=_FORMATS) as image:
+        return image.size
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever Pillow stumbles over becomes an `UnreadableImage`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which are checked below
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                if image.width * image.height > LARGEST_PIXELS:
-                    raise UnreadableImage(
-                        f"{image.width} x {image.height} pixels, more than {LARGEST_PIXELS}"
-                    )
-                image.load()
-                return _upright(image, _converted(image, "RGB" if channels == 3 else "L"))
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which are checked apart
+            yield
     except UnidentifiedImageError:
         raise UnreadableImage("not an image of a known kind") from None
     except (UnreadableImage, MemoryError):

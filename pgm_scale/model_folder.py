@@ -4,6 +4,10 @@
     <folder>/model.safetensors            the weights, published names behind `backbone.`; of large models
     <folder>/model.safetensors.index.json   and model-00001-of-0000N.safetensors instead
     <folder>/tokenizer.json               as the training data have it; of images vq.safetensors beside it
+    <folder>/SHA256SUMS                   of these files but config.json; as `sha256sum -c` reads it
+    <folder>/tokenizer_config.json        of text: for transformers.AutoTokenizer
+    <folder>/generation_config.json       how it samples unless asked otherwise, in transformers' terms and in ours
+    <folder>/modeling_pgm_scale.py        and pgm_scale_*.py: this package's models, for `trust_remote_code`
     <folder>/README.md                    the model card, for people
 
 `pgm_scale.export` writes it. Reading takes torch, numpy, safetensors and pyyaml, neither deepspeed nor megatron.
@@ -12,6 +16,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +27,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pgm_scale import config as configuration
+from pgm_scale.config import DataConfig, RunConfig
 from pgm_scale.errors import UserError
+from pgm_scale.files import sha256_file
 from pgm_scale.models import build_model
 from pgm_scale.trained_model import ModelDescription, TrainedModel
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+CHECKSUMS_NAME = "SHA256SUMS"
 MODEL_TYPE = "pgm_scale"  # `model_type` of config.json
 PREFIX = "backbone."  # of the weights' names, as in the published files
+MAX_LENGTH_TOKENS = 1 << 20  # no weight's shape shows the length of text, so a garbled one is caught here
+
+Shape = tuple[int, ...]
+_CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 
 def is_model_folder(path: str | Path) -> bool:
@@ -50,11 +64,68 @@ def read_description(folder: str | Path) -> ModelDescription:
         raise UserError(
             f"{path} is not of an exported model (no model_type {MODEL_TYPE}); use `pgm-scale export`"
         )
-    problems: list[str] = []
-    description = configuration.parse(ModelDescription, tree.get("description"), problems, "description")
-    if problems:
-        raise UserError(f"{path} is damaged: {'; '.join(problems)}; export the model again")
+    return parse_description(tree.get("description"), str(path))
+
+
+def parse_description(tree: Any, where: str) -> ModelDescription:
+    """A description from plain containers; the values must go together as those of a run's configuration.
+
+    Raises:
+        UserError: `where` is damaged, and how.
+    """
+    description, problems = read_tree(tree)
+    if description is None or problems:
+        raise UserError(f"{where} is damaged: {'; '.join(problems)}; export the model again")
     return description
+
+
+def read_tree(tree: Any) -> tuple[ModelDescription | None, list[str]]:
+    """A description from plain containers, and what is wrong with it."""
+    problems: list[str] = []
+    description = configuration.parse(ModelDescription, tree, problems, "description")
+    return description, problems or _inconsistencies(description)
+
+
+def _inconsistencies(description: ModelDescription) -> list[str]:
+    run = RunConfig(
+        "",
+        DataConfig("", ""),
+        model=description.model,
+        objective=description.objective,
+        sampler=description.sampler,
+    )
+    vocabulary, problems = description.vocabulary, configuration.inconsistencies(run)
+    ids = (vocabulary.mask_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id or 0)
+    if not all(0 <= token < vocabulary.size for token in ids):
+        problems.append(f"vocabulary: an id is not below the size {vocabulary.size}")
+    if not 1 <= description.length_tokens <= MAX_LENGTH_TOKENS:
+        problems.append(f"length_tokens: {description.length_tokens} must be from 1 to {MAX_LENGTH_TOKENS}")
+    return problems
+
+
+def load_folder(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TrainedModel:
+    """The model of an exported folder; on the host it takes the memory of its fp32 weights once.
+
+    Raises:
+        UserError: no such folder, a damaged one, or one whose weights do not fit its description.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    size, length = description.vocabulary.size, description.length_tokens
+    with torch.device("meta"):
+        expected = _shapes(build_model(description.model, size, length))
+    # Before any memory is taken for a model that the weights are not of.
+    _check_shapes(expected, _stored_shapes(folder), str(folder))
+    check_files(folder)
+    model = build_model(description.model, size, length)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in _stored_tensors(folder):
+            parameters[name].copy_(tensor)
+    model.eval().requires_grad_(False)
+    return TrainedModel(model.to(device, dtype), description, folder)
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -63,47 +134,54 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: a file is missing, damaged, or holds something else.
     """
-    folder, tensors = Path(folder), {}
-    for name in _weight_files(folder):
-        try:
-            with safe_open(folder / name, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118
-                    if not key.startswith(PREFIX):
-                        raise UserError(
-                            f"{folder / name}: {key} does not start with {PREFIX}; export the model again"
-                        )
-                    tensors[key.removeprefix(PREFIX)] = stored.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot read {folder / name}: {error}; copy or export the folder again"
-            ) from None
-    return tensors
+    folder = Path(folder)
+    _stored_shapes(folder)
+    check_files(folder)
+    return dict(_stored_tensors(folder))
 
 
-def load_folder(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> TrainedModel:
-    """The model of an exported folder.
+def check_files(folder: Path) -> None:
+    """Compare files with SHA256SUMS, if it is there: other programs that write such folders leave it out.
 
     Raises:
-        UserError: no such folder, a damaged one, or one whose weights do not fit its description.
+        UserError: names the first file that is missing or has other bytes.
     """
-    folder = Path(folder)
-    description = read_description(folder)
-    model = build_model(description.model, description.vocabulary.size, description.length_tokens)
-    copy_weights(model, read_weights(folder), f"{folder / WEIGHTS_NAME}")
-    model.eval().requires_grad_(False)
-    return TrainedModel(model.to(device, dtype), description, folder)
+    path = folder / CHECKSUMS_NAME
+    if not path.is_file():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            match = _CHECKSUM_LINE.fullmatch(line)
+            if match is None:
+                raise UserError(f"{path} is damaged: {line[:80]!r}; copy or export the folder again")
+            checksum, name = match.groups()
+            if sha256_file(folder / name) != checksum:
+                raise UserError(
+                    f"{folder / name} is damaged: its bytes are not those of {CHECKSUMS_NAME}; "
+                    "copy or export the folder again"
+                )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder}: {error}; copy or export the folder again") from None
 
 
-def copy_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Fill every parameter of a model.
 
     Raises:
         UserError: one line for each name that is missing, unknown, or of another shape.
     """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    _check_shapes(_shapes(model), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def _shapes(model: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_shapes(expected: dict[str, Shape], found: dict[str, Shape], where: str) -> None:
     problems = [
         f"{name}: {_difference(expected.get(name), found.get(name))}"
         for name in sorted(expected.keys() | found.keys())
@@ -111,25 +189,55 @@ def copy_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
     ]
     if problems:
         raise UserError(f"{where} does not fit the model:\n  " + "\n  ".join(problems))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
 
 
-def _difference(expected: Any, found: Any) -> str:
+def _difference(expected: Shape | None, found: Shape | None) -> str:
     if found is None:
         return f"missing, the model has {expected}"
     return "unknown to the model" if expected is None else f"shape {found}, the model has {expected}"
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _stored_shapes(folder: Path) -> dict[str, Shape]:
+    """From the files' headers."""
+    shapes: dict[str, Shape] = {}
+    for path in _weight_files(folder):
+        with _opened(path) as stored:
+            for key in stored.keys():  # noqa: SIM118
+                name = key.removeprefix(PREFIX)
+                if name == key or name in shapes:
+                    problem = (
+                        f"{key} does not start with {PREFIX}" if name == key else f"{key} is stored twice"
+                    )
+                    raise UserError(f"{path}: {problem}; export the model again")
+                shapes[name] = tuple(stored.get_slice(key).get_shape())
+    return shapes
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """One at a time, mapped from its file."""
+    for path in _weight_files(folder):
+        with _opened(path) as stored:
+            for key in stored.keys():  # noqa: SIM118
+                yield key.removeprefix(PREFIX), stored.get_tensor(key)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}; copy or export the folder again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if not index.is_file():
-        return [WEIGHTS_NAME]
+        return [folder / WEIGHTS_NAME]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError("file names expected")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error}); copy or export the folder again") from None
-    return names
+    return [folder / name for name in names]

@@ -31,7 +31,7 @@ import torch
 from pgm_scale import config as configuration
 from pgm_scale.checkpoint.manifest import MANIFEST_NAME as CHECKPOINT_MANIFEST_NAME
 from pgm_scale.checkpoint.store import CheckpointStore
-from pgm_scale.config import RunConfig
+from pgm_scale.config import RunConfig, SDTTObjectiveConfig
 from pgm_scale.data.manifest import (
     VQ_WEIGHTS_NAME,
     DatasetManifest,
@@ -67,9 +67,10 @@ class RunIdentity:
     tokenizer_sha256: str
     train_shards_sha256: str
     images: ImageContent | None = None  # what the rows are; None for text
+    distilled_from: Origin | None = None  # the first teacher of a distillation
 
     @classmethod
-    def new(cls, train: DatasetManifest) -> RunIdentity:
+    def new(cls, train: DatasetManifest, distilled_from: Origin | None = None) -> RunIdentity:
         shards = json.dumps([(shard.name, shard.rows, shard.sha256) for shard in train.shards])
         return cls(
             uuid.uuid4().hex[:12],
@@ -78,6 +79,7 @@ class RunIdentity:
             train.tokenizer_sha256,
             hashlib.sha256(shards.encode()).hexdigest(),
             train.images,
+            distilled_from,
         )
 
 
@@ -94,7 +96,13 @@ class RunFolder:
         self.samples_path = self.path / "samples"
         self.hangs_path = self.path / "hangs"
 
-    def create_or_match(self, config: RunConfig, train: DatasetManifest, tokenizer_path: Path) -> RunIdentity:
+    def create_or_match(
+        self,
+        config: RunConfig,
+        train: DatasetManifest,
+        tokenizer_path: Path,
+        distilled_from: Origin | None = None,
+    ) -> RunIdentity:
         """Describe a new run, or see that `config` and the data go on with the run that is there.
 
         Raises:
@@ -110,7 +118,7 @@ class RunFolder:
         if stored is not None:
             return stored
         # Last: its presence says that the description is whole.
-        identity = RunIdentity.new(train)
+        identity = RunIdentity.new(train, distilled_from)
         content = json.dumps(dataclasses.asdict(identity), indent=2) + "\n"
         atomic_write_bytes(self.identity_path, content.encode())
         return identity
@@ -140,7 +148,7 @@ class RunFolder:
         config, identity = self.config(), self.identity()
         return ModelDescription(
             config.model,
-            config.objective,
+            configuration.likelihood_objective(config.objective, config.model),
             config.sampler,
             identity.vocabulary,
             identity.length_tokens,
@@ -179,12 +187,15 @@ class RunFolder:
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """So that the run can be evaluated from any working folder."""
-    data = config.data
+    """So that the run can be evaluated, and a distillation begun, from any working folder."""
+    data, objective = config.data, config.objective
     train, validation = (
         path if is_remote(path) else str(Path(path).absolute()) for path in (data.train, data.validation)
     )
-    return dataclasses.replace(config, data=dataclasses.replace(data, train=train, validation=validation))
+    if isinstance(objective, SDTTObjectiveConfig):
+        objective = dataclasses.replace(objective, teacher=str(Path(objective.teacher).absolute()))
+    data = dataclasses.replace(data, train=train, validation=validation)
+    return dataclasses.replace(config, data=data, objective=objective)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -197,6 +208,7 @@ def _config_differences(stored: RunConfig, given: RunConfig) -> list[str]:
     def fixed(config: RunConfig) -> dict[str, Any]:
         tree = configuration.to_mapping(config)
         values = _flatten({section: tree[section] for section in _FIXED_SECTIONS})
+        values.pop("objective.teacher", None)  # a distillation starts from it and never looks again
         return values | {f"{section}.{key}": tree[section][key] for section, key in _FIXED_KEYS}
 
     was, now = fixed(stored), fixed(given)

@@ -135,6 +135,15 @@ class VQTokenizer:
             "give the folder of one, or a LlamaGen .pt"
         )
 
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Any], path: Path) -> VQTokenizer:
+        """From published names and tensors, whose shapes tell the sizes; `path` is where they come from.
+
+        Raises:
+            UserError: they are not a VQ tokenizer's.
+        """
+        return cls(_model_of({name: t for name, t in tensors.items() if name not in _IGNORED}, None, path))
+
     @cached_property
     def _weights(self) -> bytes:
         return safetensors.torch.save({name: t.cpu().contiguous() for name, t in self._tensors.items()})

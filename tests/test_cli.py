@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -172,6 +173,12 @@ def test_sampling_gives_the_same_text_at_any_batch(trained: Path, tmp_path: Path
     samples = generate("--count", "5", "--steps", "4")
     assert samples == generate("--count", "5", "--steps", "4", "--batch", "2")
     assert samples != generate("--count", "5", "--steps", "4", "--seed", "2")
+    array = tmp_path / "out.npy"
+    assert main(["sample", str(trained), "--count", "5", "--steps", "4", "--out", str(array)]) == 0
+    assert np.load(array).tolist() == [sample["tokens"] for sample in samples]
+    array.unlink()
+    assert main(["sample", str(trained), "--format", "jsonl", "--out", str(array)]) == 2
+    assert not array.exists()
     (infilled,) = generate("--infill", "w3 {4} w5")
     assert infilled["tokens"][:2] + infilled["tokens"][6:7] == [0, 3, 5]
     assert 23 not in infilled["tokens"]
@@ -236,6 +243,19 @@ def test_config_prints_what_loads_again(data: Path, tmp_path: Path, capsys: pyte
     again = configuration.load(printed)
     assert (again.training.steps, again.optimizer.learning_rate) == (11, 1e-3)
     assert again == configuration.load(config, ["training.steps=11", "optimizer.learning_rate=1e-3"])
+
+
+def test_config_warns_of_data_that_is_not_there(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = str(_config_file(data, tmp_path / "run"))
+    assert main(["config", config]) == 0
+    assert capsys.readouterr().err == ""
+    remote = "data.validation=s3://bucket/split"
+    assert main(["config", config, f"data.train={tmp_path}", remote, "data.cache_folder=cache"]) == 0
+    output, warning = capsys.readouterr()
+    assert warning == f"warning: data.train: no prepared split in {tmp_path}; `train` will refuse it\n"
+    assert yaml.safe_load(output)["data"]["train"] == str(tmp_path)
 
 
 def test_inference_needs_neither_deepspeed_nor_megatron(trained: Path) -> None:

@@ -2,13 +2,14 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pgm_scale import image_pixels
-from pgm_scale.image_pixels import UnreadableImage, crops, decode
+from pgm_scale.image_pixels import UnreadableImage, crops, decode, header_size
 from tests.data_prep.pictures import encoded, picture, published, sixteen_bits
 
 
@@ -138,6 +139,18 @@ def test_unreadable_images_say_why_and_always_the_same(content: bytes, reason: s
         reasons.add(str(caught.value))
     assert len(reasons) == 1
     assert "0x" not in reasons.pop()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_a_header_tells_the_size(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a").write_bytes(encoded(picture(9, 20, 30), kind))
+    assert header_size(tmp_path / "a") == decode((tmp_path / "a").read_bytes(), 3).size
+    for content in (b"", b"no image", encoded(picture(9), "EPS")):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(UnreadableImage, match="not an image of a known kind"):
+            header_size(tmp_path / "a")
+    with pytest.raises(UnreadableImage, match="No such file"):
+        header_size(tmp_path / "absent")
 
 
 def test_a_file_of_absurd_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,13 +129,14 @@ class StepFolders:
             else:
                 leftover.unlink()
 
-    def purge(self, keep_last: int, milestone_interval_steps: int, keep_step: int | None) -> list[int]:
-        """Delete all but the newest `keep_last`, the milestones and `keep_step`; returns what it deleted."""
+    def purge(self, keep_last: int, intervals_steps: Sequence[int], keep_step: int | None) -> list[int]:
+        """Delete all but the newest `keep_last`, the intervals' multiples and `keep_step`; returns the deleted."""
         assert keep_last >= 1
         doomed = [
             step
             for step in self.steps()[:-keep_last]
-            if step != keep_step and not (milestone_interval_steps and step % milestone_interval_steps == 0)
+            if step != keep_step
+            and not any(interval and step % interval == 0 for interval in intervals_steps)
         ]
         for step in doomed:
             try:

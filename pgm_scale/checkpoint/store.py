@@ -126,15 +126,15 @@ class CheckpointStore:
                 "earlier checkpoints are intact"
             ) from error
 
-    def purge(self, keep_last: int, milestone_interval_steps: int = 0) -> list[int]:
+    def purge(self, keep_last: int, *milestone_intervals_steps: int) -> list[int]:
         """Delete old steps, after a save; acts on rank 0 only and returns the deleted steps.
 
-        Kept are the newest `keep_last`, the multiples of `milestone_interval_steps` (0: none), and the step
-        that this process has verified by reading (it resumed from it): the newer ones were only written.
+        Kept are the newest `keep_last`, the multiples of each of the intervals (0: none), and the step that this
+        process has verified by reading (it resumed from it): the newer ones were only written.
         """
         if self.peers.rank != 0:
             return []
-        return self.folders.purge(keep_last, milestone_interval_steps, self._verified_step)
+        return self.folders.purge(keep_last, milestone_intervals_steps, self._verified_step)
 
     def recover(self) -> None:
         """Collective, at start and with the lock held: finish or remove what a dead process has left.

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep import cli as preparation
-from pgm_scale.cli import check, evaluate, plan, sample, train
+from pgm_scale.cli import check, convert, evaluate, export, plan, report, sample, serve, train
 from pgm_scale.errors import UserError
 
 _EPILOG = """exit codes: 0 done; 1 a bug of ours (with a traceback); 2 bad input; 3 a loss or gradient that is
@@ -63,6 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     preparation.add_arguments(commands)
     commands.choices["prepare"].set_defaults(run=preparation.run)
-    for group in (train, evaluate, sample, plan, check):
+    for group in (train, evaluate, report, sample, serve, export, convert, plan, check):
         group.add_commands(commands)
     return parser

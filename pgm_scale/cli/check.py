@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from pgm_scale.cli.arguments import add_config_arguments
 
@@ -23,9 +24,17 @@ def _add_config(commands: argparse._SubParsersAction) -> None:
 
 
 def _print_config(options: argparse.Namespace) -> None:
-    from pgm_scale import config as configuration
+    from pathlib import Path
 
-    print(configuration.to_yaml(configuration.load(options.config, options.overrides)), end="")
+    from pgm_scale import config as configuration
+    from pgm_scale.data.manifest import MANIFEST_NAME
+    from pgm_scale.data.storage import is_remote
+
+    config = configuration.load(options.config, options.overrides)
+    print(configuration.to_yaml(config), end="")
+    for key, split in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if not is_remote(split) and not (Path(split) / MANIFEST_NAME).exists():
+            print(f"warning: {key}: no prepared split in {split}; `train` will refuse it", file=sys.stderr)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

@@ -42,7 +42,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     known.add_argument("--known", metavar="FILE.npy", help="int array [rows, length], -1 where to generate")
     text = parser.add_argument_group("text only")
-    text.add_argument("--format", choices=("text", "jsonl", "npy"), default="text", help="(default text)")
+    text.add_argument(
+        "--format", choices=("text", "jsonl", "npy"), help="(default: as the suffix of --out says, else text)"
+    )
     _add_image_options(parser.add_argument_group("images only"))
     parser.set_defaults(run=_sample)
 

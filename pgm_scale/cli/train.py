@@ -1,13 +1,20 @@
-"""`pgm-scale train`."""
+"""`pgm-scale train` and `distill`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from pgm_scale.cli.arguments import add_config_arguments
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
+    _add_train(commands)
+    _add_distill(commands)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model, or go on training it",
@@ -20,6 +27,28 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    _run(options, lambda _: None)
+
+
+def _add_distill(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "distill",
+        help="distil a trained model into one that samples in fewer steps (SDTT)",
+        description="Train, or go on training, the student of a configuration with objective.kind sdtt, round "
+        "after round. Its model is that of objective.teacher, a run or an exported folder, and need not be given. "
+        "The same command works under torchrun and srun, as `train` does.",
+    )
+    add_config_arguments(parser)
+    parser.set_defaults(run=_distill)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from pgm_scale.training.teacher_model import fill_in_model
+
+    _run(options, fill_in_model)
+
+
+def _run(options: argparse.Namespace, complete: Callable[[dict[str, Any]], None]) -> None:
     from functools import partial
 
     from pgm_scale.host_memory import keep_freed_memory
@@ -31,7 +60,7 @@ def _train(options: argparse.Namespace) -> None:
 
     launch = find_launch()
     check = partial(layout_problems, world_size=launch.world_size)
-    config = configuration.load(options.config, options.overrides, check)
+    config = configuration.load(options.config, options.overrides, check, complete)
     from pgm_scale.training.loop import train
 
     train(config, launch)

@@ -34,7 +34,9 @@ from pgm_scale.config.objectives import (
     MDLMObjectiveConfig,
     ObjectiveConfig,
     PGMObjectiveConfig,
+    SDTTObjectiveConfig,
     VQObjectiveConfig,
+    likelihood_objective,
 )
 from pgm_scale.config.parsing import (
     parse,
@@ -79,6 +81,7 @@ __all__ = [
     "ParallelConfig",
     "PartitionTransformerConfig",
     "RunConfig",
+    "SDTTObjectiveConfig",
     "SamplerConfig",
     "TrackingConfig",
     "TrainingConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "VQObjectiveConfig",
     "ValidationConfig",
     "inconsistencies",
+    "likelihood_objective",
     "load",
     "out_of_range",
     "parse",

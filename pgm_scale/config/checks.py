@@ -7,17 +7,19 @@ import math
 from typing import Any
 
 from pgm_scale.config.models import MaskGITTransformerConfig, PartitionTransformerConfig, VQModelConfig
+from pgm_scale.config.objectives import SDTTObjectiveConfig
 from pgm_scale.config.sections import RunConfig
 
-_MODEL_OF_OBJECTIVE = {
-    "pgm": "partition_transformer",
-    "mdlm": "diffusion_transformer",
-    "complementary_mdlm": "diffusion_transformer",
-    "d3pm": "diffusion_transformer",
-    "autoregressive": "autoregressive_transformer",
-    "image_pgm": "partition_transformer",
-    "maskgit": "maskgit_transformer",
-    "vq": "vq",
+_MODELS_OF_OBJECTIVE = {
+    "pgm": ("partition_transformer",),
+    "mdlm": ("diffusion_transformer",),
+    "complementary_mdlm": ("diffusion_transformer",),
+    "d3pm": ("diffusion_transformer",),
+    "autoregressive": ("autoregressive_transformer",),
+    "image_pgm": ("partition_transformer",),
+    "maskgit": ("maskgit_transformer",),
+    "vq": ("vq",),
+    "sdtt": ("partition_transformer", "diffusion_transformer"),
 }
 
 # `sampler.quirks`: the model that has it, and the samplers.
@@ -54,6 +56,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "objective.cross_entropy_weight": _FROM_ZERO,
     "objective.label_drop": (0.0, 1.0),
     "objective.commitment_weight": _FROM_ZERO,
+    "objective.sampling_steps": (2, math.inf),
+    "objective.round_steps": _AT_LEAST_ONE,
     "optimizer.learning_rate": (_TINY, 1e6),
     "optimizer.epsilon": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, 1e6),
@@ -109,9 +113,13 @@ def inconsistencies(config: RunConfig) -> list[str]:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.betas: {beta} must be at least 0 and below 1")
     model, training = config.model, config.training
-    needed = _MODEL_OF_OBJECTIVE[config.objective.kind]
-    if model.kind != needed:
-        problems.append(f"objective.kind {config.objective.kind} needs model.kind {needed}, not {model.kind}")
+    needed = _MODELS_OF_OBJECTIVE[config.objective.kind]
+    if model.kind not in needed:
+        problems.append(
+            f"objective.kind {config.objective.kind} needs model.kind {' or '.join(needed)}, not {model.kind}"
+        )
+    if isinstance(config.objective, SDTTObjectiveConfig):
+        problems += _distillation_inconsistencies(config, config.objective)
     if isinstance(model, VQModelConfig):
         problems += _vq_inconsistencies(model)
     elif model.num_heads > 0 and model.hidden_size % (2 * model.num_heads):
@@ -128,6 +136,28 @@ def inconsistencies(config: RunConfig) -> list[str]:
             f"training.global_batch_sequences {training.global_batch_sequences} is not divisible by "
             f"micro_batch_sequences {training.micro_batch_sequences}; change one of them"
         )
+    return problems
+
+
+def _distillation_inconsistencies(config: RunConfig, objective: SDTTObjectiveConfig) -> list[str]:
+    problems = []
+    if not objective.teacher:
+        problems.append("objective.teacher: give a run folder or an exported folder")
+    if objective.groups == "two" and not isinstance(config.model, PartitionTransformerConfig):
+        problems.append("objective.groups: two needs model.kind partition_transformer; leave it at one")
+    if getattr(config.model, "time_conditioned", False):
+        problems.append(
+            "model.time_conditioned: a time-conditioned model cannot be distilled; set it to false"
+        )
+    if objective.next_teacher == "ema" and config.training.ema_decay == 0:
+        problems.append("objective.next_teacher: ema needs training.ema_decay above 0; use student")
+    if objective.round_steps > 0:
+        rounds = -(-config.training.steps // objective.round_steps)
+        if objective.sampling_steps < 2**rounds:
+            problems.append(
+                f"objective.sampling_steps: {objective.sampling_steps} cannot be halved in {rounds} rounds; "
+                "use fewer training.steps or longer objective.round_steps"
+            )
     return problems
 
 

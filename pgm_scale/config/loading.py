@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from pgm_scale.config.checks import inconsistencies
 from pgm_scale.config.parsing import apply_override, parse, read_yaml
@@ -15,8 +16,13 @@ def load(
     path: str | Path,
     overrides: Iterable[str] = (),
     check: Callable[[RunConfig], list[str]] = lambda _: [],
+    complete: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> RunConfig:
-    """Read a YAML file and apply `section.key=value` overrides; `check` may add problems of its own.
+    """Read a YAML file and apply `section.key=value` overrides.
+
+    Args:
+        check: may add problems of its own.
+        complete: may fill in what file and overrides have left out, before anything is checked.
 
     Raises:
         UserError: the file cannot be read, or one line for each problem in it.
@@ -25,6 +31,7 @@ def load(
     problems: list[str] = []
     for override in sorted(overrides, key=lambda text: not text.startswith("model.size=")):
         apply_override(tree, override, problems)
+    complete(tree)
     config = parse(RunConfig, tree, problems)
     if config is not None and not problems:
         problems += inconsistencies(config) + check(config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pgm_scale.config.models import ModelConfig, PartitionTransformerConfig
+
 
 @dataclass(frozen=True)
 class PGMObjectiveConfig:
@@ -79,6 +81,30 @@ class VQObjectiveConfig:
     commitment_weight: float = 0.25
 
 
+@dataclass(frozen=True, kw_only=True)
+class SDTTObjectiveConfig:
+    """Self-distillation through time of a PGM or an MDLM, in rounds that halve its steps (FACTS 5).
+
+    Attributes:
+        teacher: run folder or exported folder: the first round's teacher, and the student's initial weights.
+        groups: of a PGM, `one` distils the masked tokens as published, `two` those of both groups in one pass.
+        sampling_steps: of the first teacher; round r distils two steps of sampling_steps / 2**r into one.
+        next_teacher: whose weights at the end of a round teach in the next one.
+    """
+
+    kind: Literal["sdtt"] = "sdtt"
+    teacher: str
+    teacher_weights: Literal["ema", "weight"] = "ema"
+    divergence: Literal["reverse_kl", "forward_kl", "mse", "tvd"] = "reverse_kl"
+    groups: Literal["one", "two"] = "one"
+    sampling_steps: int = 1024
+    round_steps: int = 10_000
+    next_teacher: Literal["student", "ema"] = "student"
+    reset_optimizer: bool = False  # at the start of each round but the first
+    reset_ema: bool = False
+    minimum_time: float = 1e-5
+
+
 ObjectiveConfig = (
     PGMObjectiveConfig
     | MDLMObjectiveConfig
@@ -88,4 +114,12 @@ ObjectiveConfig = (
     | ImagePGMObjectiveConfig
     | MaskGITObjectiveConfig
     | VQObjectiveConfig
+    | SDTTObjectiveConfig
 )
+
+
+def likelihood_objective(objective: ObjectiveConfig, model: ModelConfig) -> ObjectiveConfig:
+    """The objective that a model is validated by: of a distilled one, that of its pretraining."""
+    if not isinstance(objective, SDTTObjectiveConfig):
+        return objective
+    return PGMObjectiveConfig() if isinstance(model, PartitionTransformerConfig) else MDLMObjectiveConfig()

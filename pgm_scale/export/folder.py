@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -13,8 +15,10 @@ from safetensors.torch import save_file
 from pgm_scale import config as configuration
 from pgm_scale.data.manifest import TOKENIZER_NAME, VQ_WEIGHTS_NAME
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes
-from pgm_scale.model_folder import CONFIG_NAME, INDEX_NAME, MODEL_TYPE, PREFIX
+from pgm_scale.export.bundle import ENTRY_NAME, bundled_files
+from pgm_scale.export.companions import generation_config, tokenizer_config
+from pgm_scale.files import sha256_file, temporary_name, write_synced
+from pgm_scale.model_folder import CHECKSUMS_NAME, CONFIG_NAME, INDEX_NAME, MODEL_TYPE, PREFIX
 from pgm_scale.trained_model import TrainedModel
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -27,50 +31,85 @@ def write_model_folder(
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Write a model as an exported folder; config.json comes last, so a folder that has one is complete.
+    """Write a model as an exported folder: it appears whole, or not at all.
+
+    Until it is whole it has a hidden name beside its own, and the next attempt takes that over.
 
     Args:
         folder: new or empty.
         trained: its folder's tokenizer.json and vq.safetensors, where there are any, are copied.
         card: README.md, the model card.
+        check: called with the finished folder before it gets its name; may refuse it with an error.
 
     Raises:
         UserError: the folder holds something, or cannot be written.
     """
     folder = Path(folder)
+    check_free(folder)
+    staged = temporary_name(Path(folder.absolute()))
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        _write_all(staged, trained, card, dtype, max_shard_bytes)
+        check(staged)
+        staged.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another place") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raises: UserError: the folder holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_weights(folder, trained, dtype, max_shard_bytes)
-        for name in (TOKENIZER_NAME, VQ_WEIGHTS_NAME):
-            if (trained.folder / name).is_file():
-                shutil.copyfile(trained.folder / name, folder / name)
-        atomic_write_bytes(folder / "README.md", card.encode())
-        atomic_write_bytes(folder / CONFIG_NAME, _config_json(trained, dtype).encode())
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another place") from None
+
+
+def _write_all(
+    folder: Path, trained: TrainedModel, card: str, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    _write_weights(folder, trained, dtype, max_shard_bytes)
+    for name in (TOKENIZER_NAME, VQ_WEIGHTS_NAME):
+        if (trained.folder / name).is_file():
+            shutil.copyfile(trained.folder / name, folder / name)
+    checksums = "".join(f"{sha256_file(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
+    texts = {CHECKSUMS_NAME: checksums, "README.md": card, **bundled_files()}
+    texts["generation_config.json"] = _json(generation_config(trained.description))
+    if trained.description.images is None and trained.tokenizer_path.is_file():
+        texts["tokenizer_config.json"] = _json(tokenizer_config(trained))
+    texts[CONFIG_NAME] = _json(_config(trained, dtype))
+    for name, text in texts.items():
+        write_synced(folder / name, text.encode())
 
 
 def _write_weights(folder: Path, trained: TrainedModel, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    tensors = {
-        f"{PREFIX}{name}": parameter.detach().cpu().to(dtype).contiguous()
-        for name, parameter in trained.model.named_parameters()
-    }
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
+    """One shard at a time, so that only one is held in another type."""
+    parameters = {f"{PREFIX}{name}": p.detach() for name, p in trained.model.named_parameters()}
+    sizes = {key: torch.empty_like(p, dtype=dtype, device="meta") for key, p in parameters.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
     for name, keys in plan.filename_to_tensors.items():
-        save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        tensors = {key: parameters[key].to("cpu", dtype).contiguous() for key in keys}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        atomic_write_bytes(folder / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+        write_synced(folder / INDEX_NAME, _json(index).encode())
 
 
-def _config_json(trained: TrainedModel, dtype: torch.dtype) -> str:
-    tree = {
+def _config(trained: TrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers asks for, and the description."""
+    classes = {"AutoConfig": "PGMScaleConfig", "AutoModel": "PGMScaleModel"}
+    if trained.description.model.kind == "autoregressive_transformer":
+        classes["AutoModelForCausalLM"] = "PGMScaleForCausalLM"
+    return {
         "model_type": MODEL_TYPE,
         "architectures": ["PGMScaleModel"],
+        "auto_map": {auto: f"{ENTRY_NAME}.{name}" for auto, name in classes.items()},
         "torch_dtype": str(dtype).removeprefix("torch."),
         "description": configuration.to_mapping(trained.description),
     }
+
+
+def _json(tree: dict[str, Any]) -> str:
     return json.dumps(tree, indent=2) + "\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pgm_scale.models.divergence import DivergenceKind, TeacherOutput
 from pgm_scale.models.vocabulary import OutputLinear
 
 # Of (hidden states, output linear); a VQ model, which has neither, calls it with a `models.vq.VQPass`.
@@ -40,6 +41,36 @@ class TokenNLL:
 
     def __call__(self, hidden: Tensor, output_linear: OutputLinear) -> Tensor:
         return output_linear.token_nll(hidden, self.targets, self.excluded_id, self.loss_weights)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Another readout, of some of the hidden states: int64 `rows` of them, their leading dimensions flattened."""
+
+    rows: Tensor
+    readout: Readout
+
+    def __call__(self, hidden: Tensor, output_linear: OutputLinear) -> Any:
+        return self.readout(hidden.flatten(0, -2)[self.rows], output_linear)
+
+
+@dataclass(frozen=True)
+class TeacherDivergence:
+    """fp32 divergence of the tokens' distribution at each hidden state from a teacher's.
+
+    Attributes:
+        teacher: its hidden states at the same places, and its output linear.
+        kind: which divergence; see `models.divergence.chunked_divergence`.
+        excluded_id, loss_weights: as `TokenNLL`'s.
+    """
+
+    teacher: TeacherOutput
+    kind: DivergenceKind
+    excluded_id: int | None
+    loss_weights: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, output_linear: OutputLinear) -> Tensor:
+        return output_linear.divergence(hidden, self.teacher, self.kind, self.excluded_id, self.loss_weights)
 
 
 @dataclass(frozen=True)

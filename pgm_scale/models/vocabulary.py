@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgm_scale.models.chunked_nll import VocabularyRange, chunked_nll
+from pgm_scale.models.chunked_nll import chunked_nll
+from pgm_scale.models.chunking import VocabularyRange
+from pgm_scale.models.divergence import DivergenceKind, TeacherOutput, chunked_divergence
 from pgm_scale.models.initialization import fill_with, uniform
 
 
@@ -33,8 +35,16 @@ class VocabularyEmbedding(nn.Module):
 class OutputLinear(Protocol):
     """What a readout asks of the output linear; every rank gets the answer for the whole vocabulary."""
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """fp32 logits `[..., V]` of hidden states `[..., H]`."""
+    @property
+    def weight(self) -> Tensor:
+        """`[V, H]`, or this rank's range of it; under ZeRO-3, only inside a call."""
+
+    @property
+    def bias(self) -> Tensor:
+        """`[V]`, as the weight."""
+
+    def __call__(self, hidden: Tensor, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """fp32 logits `[..., V]` of hidden states `[..., H]`, or what `compute` makes of the hidden states."""
 
     def token_nll(
         self, hidden: Tensor, targets: Tensor, excluded_id: int | None, loss_weights: Tensor | None
@@ -42,8 +52,18 @@ class OutputLinear(Protocol):
         """fp32 NLL in nats `[...]` of int64 targets `[...]`, one for each hidden state `[..., H]`.
 
         The token `excluded_id` has probability 0: the softmax is over the others (FACTS 1.7), and the NLL of a
-        target equal to it is +inf. See `chunked_nll` for the loss weights, fp32 `[...]`.
+        target equal to it is +inf. See `chunked_losses` for the loss weights, fp32 `[...]`.
         """
+
+    def divergence(
+        self,
+        hidden: Tensor,
+        teacher: TeacherOutput,
+        kind: DivergenceKind,
+        excluded_id: int | None,
+        loss_weights: Tensor | None,
+    ) -> Tensor:
+        """fp32 divergence `[...]` from a teacher, one for each hidden state `[..., H]`: `chunked_divergence`."""
 
     def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """fp32 log-probabilities `[..., K]` of the tokens int64 `[..., K]`, no token excluded."""
@@ -70,6 +90,22 @@ class VocabularyLinear(nn.Linear):
             hidden,
             lambda given: chunked_nll(
                 given, self.weight, self.bias, targets, excluded_id, loss_weights, held
+            ),
+        )
+
+    def divergence(
+        self,
+        hidden: Tensor,
+        teacher: TeacherOutput,
+        kind: DivergenceKind,
+        excluded_id: int | None,
+        loss_weights: Tensor | None,
+    ) -> Tensor:
+        held = VocabularyRange(self.out_features)
+        return self(
+            hidden,
+            lambda given: chunked_divergence(
+                given, self.weight, self.bias, teacher, kind, excluded_id, loss_weights, held
             ),
         )
 

@@ -14,7 +14,9 @@ from pgm_scale.config import (
     ObjectiveConfig,
     PartitionTransformerConfig,
     PGMObjectiveConfig,
+    SDTTObjectiveConfig,
     VQObjectiveConfig,
+    likelihood_objective,
 )
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.objectives.autoregressive import AutoregressiveObjective
@@ -25,6 +27,7 @@ from pgm_scale.objectives.image_pgm import ImagePGMObjective
 from pgm_scale.objectives.maskgit import MaskGITObjective
 from pgm_scale.objectives.mdlm import MDLMObjective
 from pgm_scale.objectives.pgm import PGMObjective
+from pgm_scale.objectives.sdtt import SDTTObjective
 from pgm_scale.objectives.vq import VQObjective
 
 __all__ = ["DrawSpec", "LossTerms", "ModelCall", "Objective", "build_objective", "loss_terms"]
@@ -41,6 +44,11 @@ def build_objective(
         case MaskGITObjectiveConfig():
             assert isinstance(model, MaskGITTransformerConfig), model
             return MaskGITObjective(config, vocabulary, model.num_classes)
+        case SDTTObjectiveConfig():
+            assert model is not None
+            likelihood = build_objective(likelihood_objective(config, model), vocabulary, model)
+            assert isinstance(likelihood, PGMObjective | MDLMObjective), likelihood
+            return SDTTObjective(config, vocabulary, likelihood)
         case PGMObjectiveConfig():
             return PGMObjective(config, vocabulary)
         case MDLMObjectiveConfig():

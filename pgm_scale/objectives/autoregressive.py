@@ -11,7 +11,16 @@ from pgm_scale.config import AutoregressiveObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.models.readout import TokenNLL
-from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Rows, finite_targets, scorable
+from pgm_scale.objectives.base import (
+    DrawSpec,
+    Inputs,
+    LossTerms,
+    ModelCall,
+    Objective,
+    Rows,
+    finite_targets,
+    scorable,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class NextTokenInputs(Inputs):
     rows: Rows
 
 
-class AutoregressiveObjective:
+class AutoregressiveObjective(Objective):
     """Exact NLL given the first token; nothing is drawn, so training and validation inputs are the same."""
 
     is_likelihood = True

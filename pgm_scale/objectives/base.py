@@ -119,6 +119,10 @@ class Objective(Protocol):
     def scored_tokens(self, batch: TokenBatch) -> np.ndarray:
         """int64 [B]: what the loss of each sequence is divided by."""
 
+    def loss_tokens(self, batch: TokenBatch, inputs: Any) -> int:
+        """What the training loss of the batch is divided by, unless it is its scored tokens."""
+        return int(self.scored_tokens(batch).sum())
+
     def training_inputs(self, batch: TokenBatch, spec: DrawSpec) -> Any:
         """Host tensors with `.to(device)`; a pure function of its arguments."""
 

@@ -17,11 +17,11 @@ from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.diffusion.draws import bernoulli_mask
 from pgm_scale.diffusion.schedule import LogLinearSchedule
-from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall, scorable, training_times
+from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall, Objective, scorable, training_times
 from pgm_scale.objectives.mdlm import MaskedInputs, MDLMObjective, masked_inputs
 
 
-class ComplementaryMDLMObjective:
+class ComplementaryMDLMObjective(Objective):
     """See the module's docstring."""
 
     is_likelihood = True

@@ -37,6 +37,7 @@ from pgm_scale.objectives.base import (
     Inputs,
     LossTerms,
     ModelCall,
+    Objective,
     Rows,
     finite_targets,
     fp32,
@@ -72,7 +73,7 @@ class D3PMInputs(Inputs):
     rows: Rows
 
 
-class D3PMObjective:
+class D3PMObjective(Objective):
     """See the module's docstring."""
 
     is_likelihood = True

@@ -13,7 +13,7 @@ import torch
 from pgm_scale.config import ImagePGMObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
-from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall
+from pgm_scale.objectives.base import DrawSpec, LossTerms, ModelCall, Objective
 from pgm_scale.objectives.image_draws import (
     BOS_TOKENS,
     ImageDraws,
@@ -24,7 +24,7 @@ from pgm_scale.objectives.image_draws import (
 from pgm_scale.objectives.pgm import Partition, PGMInputs, pack, packed_call, packed_terms
 
 
-class ImagePGMObjective:
+class ImagePGMObjective(Objective):
     """See the module's docstring."""
 
     is_likelihood = False

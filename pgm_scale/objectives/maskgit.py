@@ -18,7 +18,7 @@ from pgm_scale.config import MaskGITObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.models.readout import TokenNLL
-from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Rows, finite_targets
+from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Objective, Rows, finite_targets
 from pgm_scale.objectives.image_draws import (
     BOS_TOKENS,
     ImageDraws,
@@ -46,7 +46,7 @@ class MaskedImageInputs(Inputs):
     rows: Rows
 
 
-class MaskGITObjective:
+class MaskGITObjective(Objective):
     """See the module's docstring."""
 
     is_likelihood = False

@@ -28,6 +28,7 @@ from pgm_scale.objectives.base import (
     Inputs,
     LossTerms,
     ModelCall,
+    Objective,
     Rows,
     finite_targets,
     fp32,
@@ -57,7 +58,7 @@ class MaskedInputs(Inputs):
     rows: Rows
 
 
-class MDLMObjective:
+class MDLMObjective(Objective):
     """See the module's docstring."""
 
     is_likelihood = True

@@ -50,6 +50,7 @@ from pgm_scale.objectives.base import (
     Inputs,
     LossTerms,
     ModelCall,
+    Objective,
     Rows,
     finite_targets,
     scorable,
@@ -83,7 +84,7 @@ class PGMInputs(Inputs):
     rows: Rows
 
 
-class PGMObjective:
+class PGMObjective(Objective):
     """See the module's docstring for the three forms and their weights."""
 
     is_likelihood = True

@@ -17,7 +17,7 @@ import torch
 from pgm_scale.config import VQObjectiveConfig
 from pgm_scale.data.batch import TokenBatch
 from pgm_scale.models.vq import VQPass
-from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Rows
+from pgm_scale.objectives.base import DrawSpec, Inputs, LossTerms, ModelCall, Objective, Rows
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class VQInputs(Inputs):
     rows: Rows
 
 
-class VQObjective:
+class VQObjective(Objective):
     """The loss of an image, times its number of values, which the trainer divides by; nothing is drawn."""
 
     is_likelihood = False

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pgm_scale.config import ModelConfig, ParallelConfig
+from pgm_scale.config import ModelConfig, ParallelConfig, RunConfig
 from pgm_scale.models import build_model
 from pgm_scale.models.blocks import CrossAttentionBlock, SelfAttentionBlock
 from pgm_scale.models.initialization import initial_values, note_slices
@@ -35,6 +35,17 @@ def layer_builder(mesh: Mesh, parallel: ParallelConfig) -> LayerBuilder:
 def stage_span(config: ModelConfig, mesh: Mesh, stage_units: Sequence[int]) -> Span:
     """The units of this rank's pipeline stage; `stage_units` counts those of every stage."""
     return spans(stage_units)[mesh.stage] if mesh.stages > 1 else whole_span(config)
+
+
+def build_own_part(
+    config: RunConfig, vocab_size: int, length: int, mesh: Mesh, stage_units: Sequence[int]
+) -> tuple[nn.Module, LayerBuilder]:
+    """This rank's part of a run's model, without memory, and what made its layers."""
+    layers = layer_builder(mesh, config.parallel)
+    span = stage_span(config.model, mesh, stage_units)
+    return build_part(
+        config.model, vocab_size, length, layers, span, config.training.recompute_blocks
+    ), layers
 
 
 def build_part(
@@ -64,6 +75,16 @@ def materialize(
     place: Callable[[nn.Parameter], None] = lambda _: None,
 ) -> None:
     """Give every parameter memory and its initial values; `place` is called with each before the next one."""
+    give_memory(model, lambda name, empty: initial_values(name, empty, seed).to(device, dtype), device, place)
+
+
+def give_memory(
+    model: nn.Module,
+    values: Callable[[str, nn.Parameter], torch.Tensor],
+    device: torch.device,
+    place: Callable[[nn.Parameter], None] = lambda _: None,
+) -> None:
+    """Make every parameter of what `values` returns for its name and the empty one, on the device."""
     filled: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is in several modules: the first names it
     for module_name, module in model.named_modules():
         for key, empty in list(module.named_parameters(recurse=False)):
@@ -71,7 +92,7 @@ def materialize(
                 setattr(module, key, filled[empty])
                 continue
             name = f"{module_name}.{key}" if module_name else key
-            parameter = nn.Parameter(initial_values(name, empty, seed).to(device, dtype))
+            parameter = nn.Parameter(values(name, empty))
             filled[empty] = parameter
             parameter.__dict__.update(empty.__dict__)  # its slice, and what Megatron noted on it
             setattr(module, key, parameter)

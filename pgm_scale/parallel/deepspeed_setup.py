@@ -31,6 +31,23 @@ def zero_stage(config: RunConfig, mesh: Mesh) -> int:
     )
 
 
+def weight_dtype(config: RunConfig, mesh: Mesh) -> torch.dtype:
+    """Of the weights that the model computes with.
+
+    ZeRO-0 has no partition to hold fp32 master weights: it keeps fp32 weights, which `autocast_forward` casts
+    in the matmuls.
+    """
+    casts = config.training.precision == "bf16" and zero_stage(config, mesh) > 0
+    return torch.bfloat16 if casts else torch.float32
+
+
+def autocast_forward(model: nn.Module, config: RunConfig, mesh: Mesh) -> None:
+    """Let a model with fp32 weights compute in bf16, if the run does."""
+    if config.training.precision == "bf16" and weight_dtype(config, mesh) == torch.float32:
+        # Inside the model, because DeepSpeed switches off an autocast around itself.
+        model.forward = torch.autocast(mesh.device.type, dtype=torch.bfloat16)(model.forward)
+
+
 def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's settings for a run on a mesh. It does not clip: `optimizer.clip_in_update` does."""
     training, parallel = config.training, config.parallel

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +19,21 @@ from torch import nn
 
 from pgm_scale.config import RunConfig
 from pgm_scale.errors import UserError
-from pgm_scale.models.initialization import is_split, note_slices, tensor_slice
+from pgm_scale.models.initialization import is_split, note_slices
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
 from pgm_scale.models.stages import is_shared
-from pgm_scale.parallel.construction import build_part, layer_builder, materialize, stage_span
+from pgm_scale.parallel.construction import build_own_part, materialize
 from pgm_scale.parallel.deepspeed_setup import (
+    autocast_forward,
     deepspeed_config,
     initialize,
     parameter_partition,
+    weight_dtype,
     zero_stage,
 )
 from pgm_scale.parallel.gradient_norm import total_norm
 from pgm_scale.parallel.host_device import megatron_device
+from pgm_scale.parallel.inference import called_for_inference
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import build_adamw, clip_in_update
@@ -40,6 +43,7 @@ from pgm_scale.parallel.state import (
     is_first_copy,
     refresh_weights,
     summed_gradient,
+    whole_shapes,
 )
 
 
@@ -61,12 +65,8 @@ class Engine:
         )
         note_slices(model)
         self._mark_copies(model)
-        # ZeRO-0 has no partition to hold fp32 master weights: keep fp32 weights and cast in the matmuls.
-        self._autocast = config.training.precision == "bf16" and self.zero_stage == 0
-        if self._autocast:
-            # Inside the model, because DeepSpeed switches off an autocast around itself.
-            model.forward = torch.autocast(mesh.device.type, dtype=torch.bfloat16)(model.forward)
-        self.parameter_shapes = self._whole_shapes(model)
+        autocast_forward(model, config, mesh)
+        self.parameter_shapes = whole_shapes(model, mesh)
         if layers.token_ranks > 1:
             from pgm_scale.parallel.tensor_layers import sum_partial_gradients
 
@@ -81,8 +81,7 @@ class Engine:
         if mesh.stages > 1:
             from pgm_scale.parallel.pipeline import PipelineStage
 
-            dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-            self._stage = PipelineStage(self.module, mesh, dtype, layers)
+            self._stage = PipelineStage(self.module, mesh, weight_dtype(config, mesh), layers)
         self.state: list[ParameterState] = find_state(self._engine, optimizer, self.zero_stage, mesh)
         self.gradient_norm = math.nan
 
@@ -91,14 +90,9 @@ class Engine:
         cls, config: RunConfig, vocab_size: int, length: int, mesh: Mesh, stage_units: Sequence[int] = ()
     ) -> Engine:
         """The engine of a run's model with its initial weights; `stage_units` are those of each stage."""
-        layers = layer_builder(mesh, config.parallel)
-        span = stage_span(config.model, mesh, stage_units)
-        recomputes = config.training.recompute_blocks
-        model = build_part(config.model, vocab_size, length, layers, span, recomputes)
-        stage = zero_stage(config, mesh)
-        casts = config.training.precision == "bf16" and stage > 0
-        dtype = torch.bfloat16 if casts else torch.float32
-        partition = parameter_partition(config, mesh, dtype) if stage == 3 else None
+        model, layers = build_own_part(config, vocab_size, length, mesh, stage_units)
+        dtype = weight_dtype(config, mesh)
+        partition = parameter_partition(config, mesh, dtype) if zero_stage(config, mesh) == 3 else None
 
         def place(parameter: nn.Parameter) -> None:
             mesh.progress("drawing the initial weights")
@@ -121,11 +115,14 @@ class Engine:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._engine(*arguments, **options)
 
-    def forward_backward(self, steps: Sequence[MicroStep]) -> None:
-        """Forward and backward of all micro-batches of a step; afterwards every gradient is whole."""
+    def forward_backward(self, steps: Iterable[MicroStep]) -> None:
+        """Forward and backward of all micro-batches of a step; afterwards every gradient is whole.
+
+        Each micro-batch is taken when its turn comes; a pipeline takes all of them first.
+        """
         with megatron_device(needed=self.mesh.groups is not None):
             if self._stage is not None:
-                self._run_pipeline(steps)
+                self._run_pipeline(list(steps))
                 return
             for step in steps:
                 step.begin()
@@ -213,26 +210,14 @@ class Engine:
                 self.load_weights(kept)
 
         self._engine.eval()
-        watched = self.module.register_forward_pre_hook(lambda *_: self.mesh.progress("evaluation"))
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(megatron_device(needed=self.mesh.groups is not None))
-                if self.layers.tensor_parallel_size > 1:
-                    from pgm_scale.parallel.tensor_layers import TensorParallelLayers, whole_sequences
-
-                    assert isinstance(self.layers, TensorParallelLayers)
-                    stack.enter_context(whole_sequences(self.module, self.layers))
-                if self._stage is not None:
-                    stack.enter_context(self._stage.called_whole())
+            with called_for_inference(self.module, self.mesh, self.layers, self._stage, "evaluation"):
                 yield self.module
         except UserError:  # raised on all ranks or on none
             restore()
             raise
         else:
             restore()
-        finally:
-            watched.remove()
 
     def load_weights(self, weights: list[torch.Tensor]) -> None:
         """Copy flat values into this rank's fp32 weights and make the model compute with them."""
@@ -261,10 +246,3 @@ class Engine:
         for name, parameter in model.named_parameters():
             parameter.tensor_model_parallel = is_split(parameter)  # type: ignore[attr-defined]
             parameter.ds_pipe_replicated = self.mesh.stage > 0 and is_shared(name)  # type: ignore[attr-defined]
-
-    def _whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Names and whole shapes of the parameters of all stages."""
-        own = {name: tensor_slice(p).global_shape for name, p in model.named_parameters()}
-        if self.mesh.stages == 1:
-            return own
-        return {name: shape for part in self.mesh.gather(own) for name, shape in part.items()}

@@ -153,30 +153,55 @@ def summed_gradient(zero_optimizer: Any, parameter: torch.nn.Parameter) -> torch
     return gradient
 
 
-def refresh_weights(engine: Any, state: list[ParameterState], zero_stage: int, mesh: Mesh) -> None:
-    """Bring the weights that the model computes with up to date with the fp32 state.
+def whole_shapes(module: torch.nn.Module, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """Names and whole shapes of the parameters of all stages; their slices are noted. Collective."""
+    own = {name: tensor_slice(parameter).global_shape for name, parameter in module.named_parameters()}
+    if mesh.stages == 1:
+        return own
+    return {name: shape for part in mesh.gather(own) for name, shape in part.items()}
 
-    ZeRO-1 and 2 sum one parameter at a time over the ranks, zeros where a rank holds nothing: twice the
-    bytes of an all-gather, but no assumption on the order of partitions; it runs once a resume or validation.
-    """
+
+def refresh_weights(engine: Any, state: list[ParameterState], zero_stage: int, mesh: Mesh) -> None:
+    """Bring the weights that the model computes with up to date with the fp32 state."""
     if zero_stage == 3:
         _refresh_sharded(engine.optimizer)
     elif zero_stage > 0:
-        held = {entry.name: entry for entry in state}
+        held = HeldValues(state, [entry.weight for entry in state], mesh)
         for name, parameter in engine.module.named_parameters():
-            whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-            if name in held:
-                entry = held[name]
-                whole[entry.start : entry.start + entry.weight.numel()] = entry.weight
-            if mesh.data_ranks > 1:
-                dist.all_reduce(whole, group=mesh.data_group)
-            parameter.data.copy_(whole.view(parameter.shape))
+            parameter.data.copy_(held.whole(name, parameter.numel()).view(parameter.shape))
+
+
+class HeldValues:
+    """Flat fp32 `values`, one tensor beside each entry of a `state`, of which whole parameters can be made."""
+
+    def __init__(self, state: list[ParameterState], values: list[torch.Tensor], mesh: Mesh) -> None:
+        pairs = zip(state, values, strict=True)
+        self._held = {entry.name: (entry, own_values) for entry, own_values in pairs}
+        self._mesh = mesh
+
+    def whole(self, name: str, count: int) -> torch.Tensor:
+        """All `count` values of a flattened parameter, on the mesh's device; 0 in rows that pad a vocabulary.
+
+        Collective: ranges that the data-parallel ranks have parts of are summed over them, zeros where a rank
+        holds nothing. That is twice the bytes of an all-gather, but assumes nothing of the order of partitions; it
+        runs once a resume or validation.
+        """
+        whole = torch.zeros(count, dtype=torch.float32, device=self._mesh.device)
+        is_whole_here = False
+        if name in self._held:
+            entry, values = self._held[name]
+            whole[entry.start : entry.start + values.numel()] = values
+            is_whole_here = entry.replicated
+        if self._mesh.data_ranks > 1 and not is_whole_here:
+            dist.all_reduce(whole, group=self._mesh.data_group)
+        return whole
 
 
 def _refresh_sharded(zero_optimizer: Any) -> None:
+    # A forward pass that left out a module, as a readout may the output linear, leaves it whole, fetched ahead.
+    zero_optimizer._partition_all_parameters()
     for group in range(len(zero_optimizer.fp32_partitioned_groups_flat)):
         zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
     persistent = zero_optimizer.persistent_parameters  # small ones, kept whole on every rank
     if persistent:
-        persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)

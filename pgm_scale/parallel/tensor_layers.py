@@ -29,7 +29,9 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from pgm_scale.models.chunked_nll import VocabularyRange, chunked_nll
+from pgm_scale.models.chunked_nll import chunked_nll
+from pgm_scale.models.chunking import VocabularyRange
+from pgm_scale.models.divergence import DivergenceKind, TeacherOutput, chunked_divergence
 from pgm_scale.models.initialization import fill_with, is_split, uniform
 from pgm_scale.models.layers import RMS_EPSILON, fill_linear
 from pgm_scale.tensor_slices import TensorSlice
@@ -234,14 +236,33 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
     def token_nll(
         self, hidden: Tensor, targets: Tensor, excluded_id: int | None, loss_weights: Tensor | None
     ) -> Tensor:
-        if not self.disable_grad_reduce:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         return self(
-            hidden,
+            self._with_summed_gradient(hidden),
             lambda given: chunked_nll(
                 given, self.weight, self.bias, targets, excluded_id, loss_weights, self._held()
             ),
         )
+
+    def divergence(
+        self,
+        hidden: Tensor,
+        teacher: TeacherOutput,
+        kind: DivergenceKind,
+        excluded_id: int | None,
+        loss_weights: Tensor | None,
+    ) -> Tensor:
+        return self(
+            self._with_summed_gradient(hidden),
+            lambda given: chunked_divergence(
+                given, self.weight, self.bias, teacher, kind, excluded_id, loss_weights, self._held()
+            ),
+        )
+
+    def _with_summed_gradient(self, hidden: Tensor) -> Tensor:
+        """Each rank makes the gradient through its range. Under sequence parallelism the gather sums them."""
+        if self.disable_grad_reduce:
+            return hidden
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
 
     def _held(self) -> VocabularyRange:
         def reduced(operation: dist.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:
@@ -255,6 +276,9 @@ class ParallelVocabularyLinear(_Autocasting, ColumnParallelLinear):
         return VocabularyRange(self.vocab_size, first, reduced(dist.ReduceOp.SUM), reduced(dist.ReduceOp.MAX))
 
     def log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        return self(hidden, lambda given: self._log_probabilities(given, ids))
+
+    def _log_probabilities(self, hidden: Tensor, ids: Tensor) -> Tensor:
         scores = self.own_scores(hidden)
         chosen = self._choose(scores, ids)  # first, because Megatron's cross-entropy overwrites the scores
         nll = vocab_parallel_cross_entropy(scores, ids[..., 0].contiguous())

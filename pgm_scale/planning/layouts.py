@@ -16,6 +16,7 @@ from pgm_scale.config import (
     DiffusionTransformerConfig,
     MaskGITTransformerConfig,
     RunConfig,
+    SDTTObjectiveConfig,
     TransformerConfig,
     VQModelConfig,
 )
@@ -41,6 +42,7 @@ class Workload:
     global_batch_sequences: int
     precision: str
     has_ema: bool
+    has_teacher: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int, length: int) -> Workload:
@@ -66,6 +68,7 @@ class Workload:
             config.training.global_batch_sequences,
             config.training.precision,
             config.training.ema_decay > 0,
+            isinstance(objective, SDTTObjectiveConfig),
         )
 
     @property

@@ -31,6 +31,7 @@ class RankMemory:
         activations: kept for the backward pass, of all micro-batches in flight.
         work: what the passes need beside that at the worst moment; logits and their gradient, mostly.
         buffers: DeepSpeed's, for reducing gradients and gathering weights.
+        teacher: the weights of a distillation's frozen model (`parallel.frozen`).
     """
 
     weights: float
@@ -41,6 +42,7 @@ class RankMemory:
     activations: float
     work: float
     buffers: float
+    teacher: float
 
     @property
     def total(self) -> float:
@@ -61,7 +63,14 @@ def rank_memory(workload: Workload, layout: Layout, stage: Stage) -> RankMemory:
     held, work = stage.held_bytes * stage.in_flight, stage.work_bytes
     if sum(stage.parameters) <= BUCKET:
         reduction = max(0.0, reduction - held - work)
-    return RankMemory(*states, held, work, standing + reduction)
+    teacher = _teacher(stage.parameters, layout.data, zero_stage, workload) if workload.has_teacher else 0.0
+    return RankMemory(*states, held, work, standing + reduction, teacher)
+
+
+def _teacher(parameters: Sequence[int], ranks: int, zero_stage: int, workload: Workload) -> float:
+    """In the type that the model computes with, whole but under ZeRO-3."""
+    held = sum(ceil(n / ranks) if zero_stage == 3 else n for n in parameters)
+    return (FP32 if zero_stage == 0 else workload.dtype.itemsize) * held
 
 
 def _states(

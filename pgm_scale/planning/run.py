@@ -49,6 +49,11 @@ def plan(request: PlanRequest) -> None:
     if request.json_path:
         check_writable("--json", Path(request.json_path))
     config = configuration.load(request.config_path, request.overrides)
+    if not Path(request.cluster_path).is_file():  # the default is one of the source tree
+        raise UserError(
+            f"no cluster file {request.cluster_path} here; give --cluster FILE.yaml, "
+            "such as one of configs/clusters in the source tree"
+        )
     hardware = load_hardware(request.cluster_path)
     gpus = request.gpus or hardware.gpus_per_node
     if gpus > hardware.gpus_per_node and gpus % hardware.gpus_per_node:

@@ -18,6 +18,7 @@ _UPDATE_BYTES = 7 * 4 + 3 * 4 + 4 + 2
 # and clip over all of them; ZeRO-2 and 3 pass them through a bucket of about as much traffic.
 _ACCUMULATION_BYTES = (2 + 4) + (4 + 4 + 4) + 2
 _NORM_BYTES = 4 + 8 + 4
+TEACHER_PASSES = 2  # forward, of a distillation; those of a PGM with one group are shorter
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _micro_batch_s(workload: Workload, stage: Stage, waiting_s: float, hardware:
 
 def _kernels_s(workload: Workload, stage: Stage, hardware: Hardware) -> float:
     accumulated = _ACCUMULATION_BYTES * sum(stage.parameters) if workload.precision == "bf16" else 0.0
-    return stage.load.forward_s + stage.load.backward_s + accumulated / _memory_rate(hardware)
+    taught_s = TEACHER_PASSES * stage.load.forward_s if workload.has_teacher else 0.0
+    return taught_s + stage.load.forward_s + stage.load.backward_s + accumulated / _memory_rate(hardware)
 
 
 def _host_s(stage: Stage, hardware: Hardware) -> float:

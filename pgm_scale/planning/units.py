@@ -20,7 +20,7 @@ from pgm_scale.config import (
     PartitionTransformerConfig,
     TransformerConfig,
 )
-from pgm_scale.models.chunked_nll import chunk_rows
+from pgm_scale.models.chunking import chunk_rows
 from pgm_scale.models.flops import partition_sizes
 from pgm_scale.models.layers import LayerBuilder
 from pgm_scale.models.stages import Span, is_shared, stream_rows, unit_kinds

@@ -14,6 +14,19 @@ from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
 
 OutputFormat = Literal["text", "jsonl", "npy"]
+_FORMAT_OF_SUFFIX: dict[str, OutputFormat] = {".txt": "text", ".jsonl": "jsonl", ".npy": "npy"}
+
+
+def chosen_format(given: OutputFormat | None, path: str | Path | None) -> OutputFormat:
+    """What was asked for, else what the suffix of the file says, else text.
+
+    Raises:
+        UserError: the two differ.
+    """
+    by_suffix = None if path is None else _FORMAT_OF_SUFFIX.get(Path(path).suffix.lower())
+    if given is not None and by_suffix not in (None, given):
+        raise UserError(f"--out {path} is no file of --format {given}; leave one of them out")
+    return given or by_suffix or "text"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

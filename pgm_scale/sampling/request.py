@@ -21,11 +21,11 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class TextOptions:
-    """At most one of `prompts` and `template`."""
+    """At most one of `prompts` and `template`; `output_format` None means that of the output's suffix."""
 
     prompts: list[str] | None = None
     template: str | None = None
-    output_format: OutputFormat = "text"
+    output_format: OutputFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ def parse_quirks(text: str) -> tuple[str, ...]:
                 f"--quirks {text}: {name!r} is not one of {', '.join(QUIRKS)}; give these between commas, or none"
             )
     return tuple(names)
+
+
+def check_choice_temperature(given: float | None, kind: str) -> None:
+    """Raises: UserError: it was given to a sampler that chooses no positions by confidence."""
+    if given is not None and kind != "confidence":
+        raise UserError(f"--choice-temperature is of --sampler confidence, not of {kind}; leave it out")
 
 
 def refuse_options(options: TextOptions | ImageOptions, run: str, content: str) -> None:

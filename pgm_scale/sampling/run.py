@@ -14,7 +14,7 @@ from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
 from pgm_scale.loading import load, read_images
 from pgm_scale.sampling import SAMPLERS, SampleResult, fitting_sampler, sample
-from pgm_scale.sampling.request import SampleRequest, parse_quirks, refuse_options
+from pgm_scale.sampling.request import SampleRequest, check_choice_temperature, parse_quirks, refuse_options
 from pgm_scale.sampling.run_images import ImageJob
 from pgm_scale.sampling.run_text import TextJob
 from pgm_scale.trained_model import TrainedModel
@@ -79,10 +79,7 @@ def _sampler(run: TrainedModel, request: SampleRequest) -> SamplerConfig:
             raise UserError(f"--sampler {request.kind} is not one of {', '.join(SAMPLERS)}")
         config = replace(config, kind=request.kind)  # type: ignore[arg-type]
     images = request.images
-    if images.choice_temperature is not None and config.kind != "confidence":
-        raise UserError(
-            f"--choice-temperature is of --sampler confidence, not of {config.kind}; leave it out"
-        )
+    check_choice_temperature(images.choice_temperature, config.kind)
     given: dict[str, Any] = {
         "steps": request.steps,
         "temperature": request.temperature,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from pgm_scale.errors import UserError
 from pgm_scale.files import check_writable
 from pgm_scale.sampling import UNKNOWN, known_prefixes
-from pgm_scale.sampling.output import load_tokenizer, render_samples, write_samples
+from pgm_scale.sampling.output import chosen_format, load_tokenizer, render_samples, write_samples
 from pgm_scale.sampling.request import SampleRequest
 from pgm_scale.trained_model import TrainedModel
 
@@ -28,7 +28,8 @@ class TextJob:
     @staticmethod
     def check(request: SampleRequest) -> None:
         """Refuse, before anything is loaded, what cannot be."""
-        if request.text.output_format == "npy" and request.output_path is None:
+        output_format = chosen_format(request.text.output_format, request.output_path)
+        if output_format == "npy" and request.output_path is None:
             raise UserError("npy samples cannot be printed; add --out FILE")
         if request.output_path is not None:
             check_writable("--out", request.output_path)
@@ -45,7 +46,7 @@ class TextJob:
         return np.repeat(known_BL, self.request.count, axis=0), None
 
     def write(self, tokens_BL: np.ndarray) -> None:
-        output_format = self.request.text.output_format
+        output_format = chosen_format(self.request.text.output_format, self.request.output_path)
         if self.request.output_path:
             write_samples(Path(self.request.output_path), tokens_BL, output_format, self.tokenizer)
         else:

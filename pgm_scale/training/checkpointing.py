@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from pgm_scale.checkpoint.fragments import Fragment, Kind
+from pgm_scale.checkpoint.reader import Wanted
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.state import ParameterState
 from pgm_scale.training.ema import ExponentialMovingAverage
+from pgm_scale.training.weight_source import WeightSource
 
 
 class Checkpointer:
@@ -26,6 +28,7 @@ class Checkpointer:
         self.store = store
         self.engine = engine
         self.ema = ema
+        self.optimizer_start_step = 0  # before whose update the moments were zero
         self.seconds = 0.0  # that saves have held up training, since it was last set to 0
 
     @property
@@ -59,7 +62,20 @@ class Checkpointer:
             self.store.finish()
 
     def _full_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "step": step, "ema_updates": self.ema.updates if self.ema is not None else 0}
+        return {
+            **state,
+            "step": step,
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
+            "optimizer_updates": step - self.optimizer_start_step,
+        }
+
+    def reset_optimizer(self, step: int) -> None:
+        """Moments and count of updates as at the start of a run, before the update of `step`."""
+        for entry in self.engine.state:
+            entry.exp_avg.zero_()
+            entry.exp_avg_sq.zero_()
+        self.engine.restore_updates(0)
+        self.optimizer_start_step = step
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -73,31 +89,49 @@ class Checkpointer:
         Raises:
             UserError: names or shapes of the checkpoint differ from the model's: all are listed.
         """
-        entries, shapes = self.engine.state, self.engine.parameter_shapes
-        held = {entry.name: entry for entry in entries}
         kinds: list[Kind] = ["weight", "exp_avg", "exp_avg_sq"]
         if self.ema is not None and "ema" in self.store.kinds(step):
             kinds.append("ema")
-        wanted = {
-            (kind, name): (
-                shape,
-                [(held[name].part, held[name].start, held[name].weight.numel())] if name in held else [],
-            )
-            for kind in kinds
-            for name, shape in shapes.items()
-        }
-        values = self.store.read(step, wanted)
+        values = self.store.read(step, self._wanted(kinds))
         state = self.store.state(step)
         with torch.no_grad():
-            for index, entry in enumerate(entries):
+            for index, entry in enumerate(self.engine.state):
                 for kind, target in self._targets(index).items():
                     source = kind if kind in kinds else "weight"
                     target.copy_(values[source, entry.name][0])
         if self.ema is not None:
             self.ema.updates = state["ema_updates"]
-        self.engine.restore_updates(state["step"])
+        updates = state.get("optimizer_updates", state["step"])  # of older checkpoints they are the same
+        self.optimizer_start_step = state["step"] - updates
+        self.engine.restore_updates(updates)
         self.engine.refresh_weights()
         return state
+
+    def initialize(self, weights: WeightSource) -> None:
+        """Collective: start from other weights than the drawn ones; the EMA too.
+
+        Raises:
+            UserError: names or shapes differ from the model's: all are listed.
+        """
+        values = weights.read(self._wanted([weights.kind]))
+        with torch.no_grad():
+            for entry in self.engine.state:
+                entry.weight.copy_(values[weights.kind, entry.name][0])
+        if self.ema is not None:
+            self.ema.restart()
+        self.engine.refresh_weights()
+
+    def _wanted(self, kinds: list[Kind]) -> Wanted:
+        """What this rank holds of every tensor of the model."""
+        held = {entry.name: entry for entry in self.engine.state}
+        return {
+            (kind, name): (
+                shape,
+                [(held[name].part, held[name].start, held[name].weight.numel())] if name in held else [],
+            )
+            for kind in kinds
+            for name, shape in self.engine.parameter_shapes.items()
+        }
 
     def _targets(self, index: int) -> dict[Kind, torch.Tensor]:
         entry = self.engine.state[index]

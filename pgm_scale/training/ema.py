@@ -22,6 +22,12 @@ class ExponentialMovingAverage:
         self.state = state
         self.values = [entry.weight.detach().clone() for entry in state]
 
+    def restart(self) -> None:
+        """As if averaging began with the weights as they are now."""
+        self.updates = 0
+        for values, entry in zip(self.values, self.state, strict=True):
+            values.copy_(entry.weight)
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after an optimizer update; one fused pass over this rank's share."""

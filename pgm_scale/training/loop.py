@@ -14,7 +14,7 @@ import torch
 from pgm_scale.checkpoint.lock import RunLock
 from pgm_scale.checkpoint.peers import Peers
 from pgm_scale.checkpoint.store import CheckpointStore
-from pgm_scale.config import RunConfig, VQModelConfig
+from pgm_scale.config import RunConfig, SDTTObjectiveConfig, VQModelConfig
 from pgm_scale.data.loader import BatchStream, TokenLoader
 from pgm_scale.data.order import BatchPlan, GlobalOrder
 from pgm_scale.data.storage import SplitStorage, open_splits
@@ -42,11 +42,13 @@ from pgm_scale.training import metrics
 from pgm_scale.training.checkpointing import Checkpointer
 from pgm_scale.training.codebook_usage import CodebookUsage, usage_metrics
 from pgm_scale.training.content import content_problems
+from pgm_scale.training.distillation import Distillation, first_teacher
 from pgm_scale.training.ema import ExponentialMovingAverage
 from pgm_scale.training.samples import write_validation_samples
 from pgm_scale.training.signals import StopFlag
 from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, training_step
 from pgm_scale.training.tracking import NoTracker, Tracker, open_tracker
+from pgm_scale.training.weight_source import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +94,16 @@ def train_on_mesh(
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     run = RunFolder(config.folder)
     peers = Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress)
-    identity: RunIdentity = peers.first(
-        lambda: run.create_or_match(config, train_split.manifest, train_split.tokenizer_path())
-    )
     store = CheckpointStore(run.path, peers)
+    teacher = first_teacher(config, store, train_split.manifest, peers)
+    distilled_from = None if teacher is None else teacher.description.origin
+    identity: RunIdentity = peers.first(
+        lambda: run.create_or_match(
+            config, train_split.manifest, train_split.tokenizer_path(), distilled_from
+        )
+    )
     store.recover()
-    session = TrainingRun(config, mesh, run, identity, store, train_split, validation_split, lock)
+    session = TrainingRun(config, mesh, run, identity, store, train_split, validation_split, lock, teacher)
     with StopFlag() as stop:  # from here on a signal is answered at the next step
         session.run(stop)
 
@@ -115,7 +121,9 @@ class TrainingRun:
         train_split: SplitStorage,
         validation_split: SplitStorage,
         lock: RunLock | None,
+        initial: WeightSource | None = None,
     ) -> None:
+        """`initial` replaces the drawn weights of a run that has no checkpoint."""
         self.config, self.mesh, self.folder, self.identity = config, mesh, folder, identity
         self.train_split, self.lock = train_split, lock
         self.store = store
@@ -128,7 +136,16 @@ class TrainingRun:
         self.ema = ExponentialMovingAverage(self.engine.state, decay) if decay > 0 else None
         self.checkpointer = Checkpointer(store, self.engine, self.ema)
         self.validation_loader = validation_loader(validation_split)
-        self.first_step = self._resume()
+        self.first_step = self._resume(initial)
+        self.distillation = Distillation.of(
+            config,
+            self.objective,
+            self.checkpointer,
+            identity.vocabulary.size,
+            identity.length_tokens,
+            self.stage_units,
+            self.first_step,
+        )
         self.console = metrics.ConsoleReport(config.training.steps, self.first_step, mesh.is_main)
         self.file: metrics.MetricsFile | None = None
         self.tracker: Tracker = NoTracker()
@@ -169,12 +186,14 @@ class TrainingRun:
             ),
         )
 
-    def _resume(self) -> int:
+    def _resume(self, initial: WeightSource | None) -> int:
         step = self.store.newest_verified()
-        if step is None:
-            return 0
-        self.checkpointer.restore(step)
-        return step
+        if step is not None:
+            self.checkpointer.restore(step)
+        elif initial is not None:
+            self.checkpointer.initialize(initial)
+            self._save(0)
+        return step or 0
 
     def _open_outputs(self) -> None:
         self.file = metrics.MetricsFile(self.folder.metrics_path, self.first_step)
@@ -205,6 +224,8 @@ class TrainingRun:
         with self._stream() as stream:
             self.throughput.restart()
             for step in range(self.first_step, config.training.steps):
+                if self.distillation is not None:
+                    self.distillation.begin_step(step)
                 result = training_step(
                     step,
                     self.engine,
@@ -254,6 +275,7 @@ class TrainingRun:
         self.console.step(step)
         validates = last or step % config.validation.interval_steps == 0
         saves = last or result.stop_requested or step % config.checkpoint.interval_steps == 0
+        saves |= self.distillation is not None and self.distillation.starts_at(step)
         records = validates or saves or step % config.training.log_interval_steps == 0
         record = self._record(step, result, stream) if records else {}
         paused_s = time.perf_counter()
@@ -297,6 +319,8 @@ class TrainingRun:
             **buckets.metrics(),
             **usage_metrics(code_counts),
         }
+        if self.distillation is not None:
+            record["round"] = self.distillation.round_of(step - 1)
         stream.data_wait_s = 0.0
         self.checkpointer.seconds = 0.0
         self.buckets, self.codebook = TimeBuckets(), CodebookUsage()
@@ -348,8 +372,9 @@ class TrainingRun:
             self.store.peers.first(self.lock.check)
 
     def _purge(self) -> None:
-        keep = self.config.checkpoint
-        self.store.purge(keep.keep_last, keep.milestone_interval_steps)
+        keep, objective = self.config.checkpoint, self.config.objective
+        teachers = objective.round_steps if isinstance(objective, SDTTObjectiveConfig) else 0
+        self.store.purge(keep.keep_last, keep.milestone_interval_steps, teachers)
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         if self.file is not None:

@@ -32,11 +32,8 @@ class MicroBatch:
 
 
 def prepare_micro_batch(objective: Objective, batch: TokenBatch, draws: DrawSpec) -> MicroBatch:
-    return MicroBatch(
-        objective.training_inputs(batch, draws),
-        int(objective.scored_tokens(batch).sum()),
-        batch.sample_numbers_B,
-    )
+    inputs = objective.training_inputs(batch, draws)
+    return MicroBatch(inputs, objective.loss_tokens(batch, inputs), batch.sample_numbers_B)
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def training_step(
         return MicroStep(call.arguments, call.readout, begin, loss)
 
     engine.forward_backward(
-        [micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)]
+        micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)
     )
     loss = float(sum(losses))  # 0 on the stages of a pipeline that do not compute it
     flags = [not math.isfinite(loss), stop_requested, checkpointer.is_writing, checkpointer.has_failed]

@@ -121,7 +121,7 @@ def test_retention_keeps_the_last_the_milestones_and_the_verified_one(tmp_path):
         save_step(tmp_path, step, world_size=1)
     store = CheckpointStore(tmp_path)
     store.verify(2)
-    assert store.purge(keep_last=2, milestone_interval_steps=5) == [1, 3, 4, 6, 7, 8]
+    assert store.purge(2, 5) == [1, 3, 4, 6, 7, 8]
     assert store.steps() == [2, 5, 9, 10]
     assert CheckpointStore(tmp_path).purge(keep_last=1) == [2, 5, 9]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["LATEST", "step_00000010"]

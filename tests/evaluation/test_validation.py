@@ -1,6 +1,5 @@
 """Validation is a function of the split and the weights: not of the batch size, nor of the ranks."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from pgm_scale.config import MDLMObjectiveConfig, PGMObjectiveConfig, VQObjectiveConfig
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.evaluation.perplexity import Perplexity
-from pgm_scale.evaluation.report import plot_curves
 from pgm_scale.evaluation.validation import (
     validate,
     validation_loader,
@@ -129,13 +127,3 @@ def test_only_a_likelihood_has_a_perplexity() -> None:
         "validation_loss_standard_error": 0.1,
     }
     assert validation_summary(result, images) == "validation loss 2.0000 +- 0.1000 on 4 sequences"
-
-
-def test_curves_are_drawn_also_where_values_are_missing(tmp_path: Path) -> None:
-    records = [
-        {"step": step, "loss_mean": 1.0, "cross_entropy_by_mask_fraction": [None, 1.0]}
-        for step in range(1, 4)
-    ]
-    records[-1]["validation_nll"] = 1.0
-    plot_curves(records, tmp_path / "curves.png", "title", unigram_nll=2.0, resumed_at_step=2)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

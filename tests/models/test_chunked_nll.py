@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgm_scale.models import chunked_nll as module
-from pgm_scale.models.chunked_nll import VocabularyRange, chunked_nll
+from pgm_scale.models import chunking
+from pgm_scale.models.chunked_nll import chunked_nll
+from pgm_scale.models.chunking import VocabularyRange
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 17
 EXCLUDED = 4
@@ -16,7 +17,7 @@ Arguments = tuple[Tensor, Tensor, Tensor]  # hidden states, weight, bias
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CPU_CHUNK_LOGITS", 5 * VOCAB)  # 13 rows: 5, 5 and 3
+    monkeypatch.setattr(chunking, "_CPU_CHUNK_LOGITS", 5 * VOCAB)  # 13 rows: 5, 5 and 3
 
 
 def draw() -> tuple[Arguments, Tensor, Tensor]:
@@ -90,7 +91,7 @@ def test_nothing_counts() -> None:
 
 def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, targets_T, weights_T = draw()
-    monkeypatch.setattr(module._ChunkedNLL, "apply", None)
+    monkeypatch.setattr(chunking._ChunkedLosses, "apply", None)
     with torch.no_grad():
         nll_T = chunked_nll(*arguments, targets_T, None, weights_T, VocabularyRange(VOCAB))
     torch.testing.assert_close(nll_T.double(), oracle(arguments, targets_T, None), rtol=1e-6, atol=1e-6)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgm_scale.models import chunked_nll, host_matmul
+from pgm_scale.models import chunking, host_matmul
 from pgm_scale.models.blocks import FeedForward
-from pgm_scale.models.chunked_nll import VocabularyRange
+from pgm_scale.models.chunked_nll import chunked_nll
+from pgm_scale.models.chunking import VocabularyRange
 from pgm_scale.models.host_matmul import HostLinear, fuses_gelu
 from pgm_scale.models.layers import LOCAL_LAYERS
 
@@ -67,7 +68,7 @@ def test_only_fp32_outside_autocast_goes_there() -> None:
 
 
 def test_the_chunked_nll(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_nll, "_CPU_CHUNK_LOGITS", 8 * 50)
+    monkeypatch.setattr(chunking, "_CPU_CHUNK_LOGITS", 8 * 50)
     products = 0
 
     def counted(*arguments: Any, **options: Any) -> Tensor:
@@ -75,14 +76,12 @@ def test_the_chunked_nll(monkeypatch: pytest.MonkeyPatch) -> None:
         products += 1
         return host_matmul.onednn_product(*arguments, **options)
 
-    monkeypatch.setattr(chunked_nll, "onednn_product", counted)
+    monkeypatch.setattr(chunking, "onednn_product", counted)
     torch.manual_seed(0)
     arguments = [torch.randn(s, requires_grad=True) for s in ((21, 16), (50, 16), (50,))]
     targets_T, weights_T = torch.randint(50, (21,)), torch.rand(21)
     hidden_TH, weight_VH, bias_V = arguments
-    actual = chunked_nll.chunked_nll(
-        hidden_TH, weight_VH, bias_V, targets_T, None, weights_T, VocabularyRange(50)
-    )
+    actual = chunked_nll(hidden_TH, weight_VH, bias_V, targets_T, None, weights_T, VocabularyRange(50))
     expected = F.cross_entropy(F.linear(*arguments), targets_T, reduction="none")
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert products == 2 * 3  # logits and hidden gradients of three chunks

@@ -24,13 +24,13 @@ from pgm_scale.config import (
 from pgm_scale.models.layers import LOCAL_LAYERS
 from pgm_scale.models.readout import TokenNLL
 from pgm_scale.models.stages import whole_span
-from pgm_scale.parallel import engine as engine_module
 from pgm_scale.parallel.construction import build_part, materialize
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
 from tests.distributed import run_ranks
 from tests.models.builders import HIDDEN, LENGTH, VOCAB, diffusion_config, pack_groups, partition_config
+from tests.parallel.persistence import partition_everything
 
 MICRO, SEED = 2, 1
 CPU = torch.device("cpu")
@@ -68,18 +68,6 @@ def _engine(config: RunConfig, mesh: Mesh) -> Engine:
     return Engine.build(config, VOCAB, LENGTH, mesh.arranged(config.parallel), (4, 3))
 
 
-def _partition_everything() -> None:
-    """In this rank's process: ZeRO-3 would keep parameters as small as these whole on every rank."""
-    original = engine_module.deepspeed_config
-
-    def changed(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-        settings = original(config, mesh)
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return settings
-
-    engine_module.deepspeed_config = changed
-
-
 def _local(config: ModelConfig, recompute: bool = False) -> nn.Module:
     model = build_part(config, VOCAB, LENGTH, LOCAL_LAYERS, whole_span(config), recompute)
     materialize(model, SEED, CPU, torch.float32)
@@ -88,7 +76,7 @@ def _local(config: ModelConfig, recompute: bool = False) -> nn.Module:
 
 def _initial_state(mesh: Mesh) -> None:
     """The fp32 weights that the ranks hold cover every parameter once a model copy, with one process's bits."""
-    _partition_everything()
+    partition_everything()
     expected = {name: parameter.detach() for name, parameter in _local(PGM).named_parameters()}
     for name, precision in [
         *product(LAYOUTS, ["fp32"]),
@@ -177,7 +165,7 @@ def _run(config: RunConfig, mesh: Mesh, steps: int) -> Run:
 
 
 def _recomputes(mesh: Mesh) -> None:
-    _partition_everything()
+    partition_everything()
     cases = [(name, "fp32") for name in LAYOUTS] + [("ZeRO-0", "bf16"), ("sequences, ZeRO-0", "bf16")]
     for name, precision in cases:
         kept, recomputed = (
@@ -227,7 +215,7 @@ def test_recomputing_blocks_keeps_no_more_than_their_input(block: str) -> None:
 
 
 def _offloads(mesh: Mesh) -> None:
-    _partition_everything()
+    partition_everything()
     cases = [(name, "fp32") for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3", "tensor, ZeRO-3", "pipeline")]
     for name, precision in [*cases, ("ZeRO-1", "bf16"), ("pipeline", "bf16")]:
         held, offloaded = (

@@ -20,10 +20,11 @@ from pgm_scale.config import (
     TrainingConfig,
     TransformerConfig,
 )
+from pgm_scale.models.divergence import DivergenceKind, TeacherOutput
 from pgm_scale.models.initialization import is_split, tensor_slice
 from pgm_scale.models.layers import LOCAL_LAYERS, LayerBuilder
 from pgm_scale.models.partition_transformer import PartitionInputs
-from pgm_scale.models.readout import TokenLogProbabilities, TokenNLL, logits
+from pgm_scale.models.readout import Readout, TeacherDivergence, TokenLogProbabilities, TokenNLL, logits
 from pgm_scale.models.segments import Segments
 from pgm_scale.models.stages import whole_span
 from pgm_scale.models.vocabulary import OutputLinear
@@ -47,6 +48,7 @@ from tests.models.builders import (
 
 HEADS, SEQUENCES, TOLERANCE = 4, 3, 1e-5
 CPU = torch.device("cpu")
+DIVERGENCES: tuple[DivergenceKind, ...] = ("reverse_kl", "forward_kl", "mse", "tvd")
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,15 @@ class EveryReadout:
         last, shape = self.vocab_size - 1, hidden.shape[:-1]
         targets = torch.randint(2, last, shape, generator=generator)
         ids = torch.randint(self.vocab_size, (*shape, 3), generator=generator)
-        readouts = (
+        # The model's own linear, beneath other hidden states: as a teacher it gets no gradient.
+        teacher = TeacherOutput(torch.randn(hidden.shape, generator=generator), output_linear)
+        readouts: tuple[Readout, ...] = (
             logits,
             TokenNLL(targets, None),
             TokenNLL(targets, last),
             TokenNLL(targets, 1),
             TokenLogProbabilities(ids),
+            TeacherDivergence(teacher, "reverse_kl", last),
         )
         return torch.cat([readout(hidden, output_linear).flatten() for readout in readouts])
 
@@ -244,6 +249,43 @@ def _own_draws(mesh: Mesh, layers: LayerBuilder) -> None:
     assert len(set(outputs)) == 1
 
 
+def _divergence(layers: LayerBuilder, kind: DivergenceKind, vocab_size: int) -> None:
+    """With loss weights, between linears that are split alike; the last token, beside the padding, excluded."""
+
+    def losses_and_gradients(builder: LayerBuilder) -> list[Any]:
+        student, teacher = (builder.vocab_linear(8, vocab_size) for _ in range(2))
+        generator = torch.Generator().manual_seed(0)
+        wholes = []
+        for linear in (student, teacher):
+            linear.to(dtype=torch.float64)
+            for parameter in linear.parameters():
+                part = tensor_slice(parameter)
+                whole = torch.randn(part.global_shape, generator=generator, dtype=torch.float64)
+                parameter.data.zero_().view(-1)[: part.numel] = part.take(whole)
+        student_hidden, teacher_hidden = torch.randn(2, 7, 8, generator=generator, dtype=torch.float64)
+        weights_Q = torch.rand(7, generator=generator)
+        weights_Q[2] = 0.0
+        output = TeacherOutput(teacher_hidden.requires_grad_(), teacher)  # type: ignore[arg-type]
+        readout = TeacherDivergence(output, kind, vocab_size - 1, weights_Q)
+        losses_Q = readout(student_hidden.requires_grad_(), student)  # type: ignore[arg-type]
+        (3.0 * weights_Q * losses_Q).sum().backward()
+        assert all(x.grad is None for x in (teacher_hidden, *teacher.parameters()))
+        for parameter in student.parameters():
+            assert parameter.grad is not None
+            part, gradient = tensor_slice(parameter), parameter.grad.flatten()
+            assert not gradient[part.numel :].any()
+            wholes.append((part, gradient[: part.numel]))
+        return [losses_Q.detach(), student_hidden.grad, *wholes]
+
+    losses_Q, d_hidden_QH, *d_wholes = losses_and_gradients(LOCAL_LAYERS)
+    own_losses_Q, own_d_hidden_QH, *d_parts = losses_and_gradients(layers)
+    torch.testing.assert_close(own_losses_Q, losses_Q, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(own_d_hidden_QH, d_hidden_QH, rtol=TOLERANCE, atol=TOLERANCE)
+    for (_, whole), (part, own) in zip(d_wholes, d_parts, strict=True):
+        expected = part.take(whole.view(part.global_shape))
+        torch.testing.assert_close(own, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def _engine(mesh: Mesh, case: Case, parallel: ParallelConfig, precision: Any) -> Engine:
     config = RunConfig(
         folder="",
@@ -322,6 +364,9 @@ def _everything(mesh: Mesh) -> None:
         else:
             _compare(arranged, Case(dataclasses.replace(PGM, dropout=0.2)), layers)
             _own_draws(arranged, layers)
+            for kind in DIVERGENCES:
+                for vocab_size in (23, 5):
+                    _divergence(layers, kind, vocab_size)
         _padding_stays_zero(arranged, parallel)
         _autocast(arranged, dataclasses.replace(parallel, zero_stage=0))
 

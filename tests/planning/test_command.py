@@ -121,6 +121,14 @@ def test_bad_input_is_one_message(config, cluster, capsys, arguments, message):
     assert "Traceback" not in error
 
 
+def test_without_the_source_tree_a_cluster_is_asked_for(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", config]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("no cluster file configs/clusters/h100-8x.yaml here; give --cluster FILE.yaml")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures units on a GPU")
 def test_measuring_needs_a_gpu(config, cluster, capsys):
     assert main(["plan", config, "--cluster", cluster(), "--measure"]) == 2

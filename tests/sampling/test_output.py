@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pgm_scale.errors import UserError
-from pgm_scale.sampling.output import load_tokenizer, to_text, write_samples
+from pgm_scale.sampling.output import OutputFormat, chosen_format, load_tokenizer, to_text, write_samples
 from pgm_scale.sampling.statistics import unigram_entropy
 
 TOKENS_BL = np.array([[0, 1, 2], [0, 2, 2]])
@@ -37,6 +37,24 @@ def test_three_formats(tokenizer, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), TOKENS_BL)
     write_samples(tmp_path / "b.jsonl", TOKENS_BL, "jsonl")
     assert json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])["text"] is None
+
+
+def test_the_suffix_decides_unless_a_format_is_given():
+    for path, expected in (
+        ("a.npy", "npy"),
+        ("b/a.JSONL", "jsonl"),
+        ("a.txt", "text"),
+        ("npy", "text"),
+        (None, "text"),
+    ):
+        assert chosen_format(None, path) == expected
+    formats: tuple[OutputFormat, ...] = ("text", "jsonl", "npy")
+    for given in formats:
+        assert chosen_format(given, None) == chosen_format(given, "a.out") == given
+    assert chosen_format("npy", "a.npy") == "npy"
+    for given, path in zip(formats, ("a.npy", "a.txt", "a.jsonl"), strict=True):
+        with pytest.raises(UserError, match=f"--out {path} is no file of --format {given}; leave one"):
+            chosen_format(given, path)
 
 
 def test_what_cannot_be_written_is_one_message(tmp_path):

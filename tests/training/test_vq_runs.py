@@ -12,7 +12,7 @@ from ops.parity_runs import differences
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
-from pgm_scale.evaluation.run import evaluate_run
+from pgm_scale.evaluation.run import EvaluationRequest, evaluate
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.training.loop import train_on_mesh
 from pgm_scale.vq_tokenizer import VQTokenizer
@@ -76,7 +76,7 @@ def test_it_learns_digits_and_uses_its_codebook(tmp_path: Path) -> None:
     assert codes.shape == (64, 16)
     error = float((((tokenizer.decode(codes).astype(float) - images_BHWC) / 127.5) ** 2).mean())
     assert error < variance / 2
-    result = evaluate_run(str(tmp_path / "run"), None, 64, 1, 32, "ema")
+    result = evaluate(EvaluationRequest(str(tmp_path / "run")))
     assert result["loss"] == pytest.approx(last["validation_loss"], rel=1e-4)
     assert result["loss_standard_error"] > 0
     assert result["loss"] > error  # the errors of the codes come on top

@@ -16,6 +16,7 @@ from pgm_scale.evaluation.images.chunks import Columns
 from pgm_scale.evaluation.images.sources import SplitImages
 from pgm_scale.loading import load
 from pgm_scale.sampling import class_count, fitting_sampler, known_prefixes, sample
+from pgm_scale.sampling.request import check_choice_temperature
 from pgm_scale.trained_model import TrainedModel
 
 LabelOrder = Literal["reference", "balanced"]
@@ -47,7 +48,8 @@ class ImageSampler:
         """`settings` are fields of SamplerConfig that replace the run's own.
 
         Raises:
-            UserError: no run, no such checkpoint, or not one of a class-conditional model of images.
+            UserError: no run, no such checkpoint, not one of a class-conditional model of images, or a setting
+                that its sampler has no use for.
         """
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.run: TrainedModel = load(folder, step=step, weights=weights, device=device, dtype=dtype)
@@ -58,6 +60,7 @@ class ImageSampler:
             )
         usual = fitting_sampler(self.run.description.sampler, self.run.model)
         self.config: SamplerConfig = dataclasses.replace(usual, **settings)
+        check_choice_temperature(settings.get("choice_temperature"), self.config.kind)
         self._seed, self._batch_images, self._device = seed, batch_images, device
         self._precision = precision
 

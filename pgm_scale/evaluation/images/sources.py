@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from pgm_scale.data.storage import SplitStorage, is_remote
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.chunks import ChunkFolder, Columns
 from pgm_scale.files import sha256_file
-from pgm_scale.image_pixels import SUFFIXES, UnreadableImage, decode
+from pgm_scale.image_pixels import SUFFIXES, UnreadableImage, decode, header_size
 from pgm_scale.vq_tokenizer import VQTokenizer
+
+Read = TypeVar("Read")
 
 _READ_ROWS = 32  # at a time: the loader gives 8 bytes a token
 
@@ -99,34 +101,42 @@ class FolderImages:
     content: Literal["images"] = "images"
 
     def __init__(self, folder: str) -> None:
+        """Opens every file as far as its size stands in it, so that a wrong one is found before long work."""
         root = Path(folder)
         self._files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self._files:
             raise UserError(f"{folder}: no images in it; give a split folder or a folder of images")
+        self._side = _checked(self._files[0], header_size)[0]
+        for path in self._files:
+            self._check_square(path, *_checked(path, header_size))
         hashes = [(path.relative_to(root).as_posix(), sha256_file(path)) for path in self._files]
         self.name = folder
         self.count = len(self._files)
         self.sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
         self.identity = {"folder_sha256": self.sha256}
-        self._side = self._pixels(self._files[0]).shape[0]
         self.shape_HWC = (self._side, self._side, 3)
 
     def read(self, numbers: range) -> Images:
         return Images(np.stack([self._pixels(self._files[number]) for number in numbers]), {})
 
     def _pixels(self, path: Path) -> np.ndarray:
-        try:
-            pixels_HWC = np.asarray(decode(path.read_bytes(), channels=3))
-        except (OSError, UnreadableImage) as error:
-            raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from None
-        height, width, _ = pixels_HWC.shape
-        side = getattr(self, "_side", height)
-        if not height == width == side:
+        pixels_HWC = np.asarray(_checked(path, lambda path: decode(path.read_bytes(), channels=3)))
+        self._check_square(path, pixels_HWC.shape[1], pixels_HWC.shape[0])
+        return pixels_HWC
+
+    def _check_square(self, path: Path, width: int, height: int) -> None:
+        if not height == width == self._side:
             raise UserError(
                 f"{path}: {width} x {height} pixels, but the folder's images must be squares of one size "
-                f"({side}); crop them with `pgm-scale prepare images`"
+                f"({self._side}); crop them with `pgm-scale prepare images`"
             )
-        return pixels_HWC
+
+
+def _checked(path: Path, read: Callable[[Path], Read]) -> Read:
+    try:
+        return read(path)
+    except (OSError, UnreadableImage) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from None
 
 
 class SampledImages:

@@ -3,7 +3,8 @@
 A model is folded once a call of `sample`. What comes out answers like the model (logits within 1e-4 in fp32, by
 test), so every sampler takes either; two samplers have a form of their own for folded models, which keeps what does
 not change between steps. The plain models and samplers stay as they are: they are what this package must equal, and
-what runs under tensor or pipeline parallelism, ZeRO-3, autocast, time conditioning, and for autoregressive models.
+what runs under tensor or pipeline parallelism, ZeRO-3, autocast, time conditioning, with int8 weights, and for
+autoregressive models.
 
 The cost is memory for a second copy of the blocks' weights while sampling (on a CPU, of all weights).
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pgm_scale.models.dit import DiffusionTransformer
+from pgm_scale.models.int8 import is_quantized
 from pgm_scale.models.partition_transformer import PartitionTransformer
 from pgm_scale.models.stages import whole_span
 from pgm_scale.models.vocabulary import VocabularyLinear
@@ -65,6 +67,7 @@ def _is_whole(model: Any) -> bool:
     return (
         model.span == whole_span(model.config)
         and type(model.output_layer.linear) is VocabularyLinear
+        and not is_quantized(model)
         and all(parameter.numel() for parameter in model.parameters())
         and not torch.is_autocast_enabled(model.output_layer.linear.weight.device.type)
         and not model._forward_pre_hooks

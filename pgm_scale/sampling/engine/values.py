@@ -42,8 +42,12 @@ def few_queries(queries: int, num_heads: int, hidden_size: int) -> bool:
     return queries * (num_heads - 1) < hidden_size
 
 
-def attend_averaging(q_BmND: Tensor, k_BnND: Tensor, x_BnH: Tensor, values: Values) -> Tensor:
+def attend_averaging(
+    q_BmND: Tensor, k_BnND: Tensor, x_BnH: Tensor, values: Values, unread_Bn: Tensor | None = None
+) -> Tensor:
     """`[B * m, N, D]`: what m queries a sequence read in its n > 0 tokens x, which have keys k.
+
+    Tokens that are `unread_Bn`, a bool, are padding; not all of a sequence are.
 
     All heads and queries of a sequence are the rows of one matrix, each zero outside its own head: the N-fold
     products are as few as those of the averages, and no key is copied.
@@ -52,5 +56,7 @@ def attend_averaging(q_BmND: Tensor, k_BnND: Tensor, x_BnH: Tensor, values: Valu
     rows = q_BmND.new_zeros(sequences, num_heads, queries, num_heads, head_size)
     rows.diagonal(dim1=1, dim2=3).copy_(q_BmND.transpose(-1, -2) * head_size**-0.5)
     scores = torch.bmm(rows.flatten(-2).flatten(1, 2), k_BnND.flatten(-2).transpose(1, 2))
+    if unread_Bn is not None:
+        scores.masked_fill_(unread_Bn[:, None], -torch.inf)
     averages = torch.bmm(scores.softmax(dim=-1), x_BnH).unflatten(1, (num_heads, queries))
     return values.of_averages(averages.transpose(0, 1).flatten(1, 2))

@@ -353,12 +353,21 @@ def test_the_command_writes_a_result_and_tells_what_is_wrong(
     capsys.readouterr()
     (tmp_path / "small").mkdir()
     (tmp_path / "empty").mkdir()
-    Image.new("RGB", (5, 5)).save(tmp_path / "small" / "a.png")
+    (tmp_path / "junk").mkdir()
+    for folder in ("small", "junk"):
+        Image.new("RGB", (5, 5)).save(tmp_path / folder / "a.png")
+    (tmp_path / "junk" / "z.png").write_text("no image")
+    shutil.rmtree(f"{out}.work")
     for wrong, message in [
         (
             [*arguments[:2], "--reference", str(tmp_path / "small"), *light],
             "small: images of 5 x 5 x 3 values, those of the run",
         ),
+        (
+            [*arguments[:2], "--reference", str(tmp_path / "junk"), *light],
+            "z.png: cannot be read as an image",
+        ),
+        ([*arguments, "--choice-temperature", "1"], "--sampler confidence, not of halton; leave it out"),
         ([*arguments[:4], "--out", str(out)], "inception features need --inception PATH"),
         ([*arguments, "--quirks", "none,all"], "--quirks none,all: 'none' is not one of"),
         ([*arguments[:-1], "9"], "the scores need at least 10 images"),
@@ -372,6 +381,7 @@ def test_the_command_writes_a_result_and_tells_what_is_wrong(
         errors = capsys.readouterr().err
         assert message in errors
         assert "Traceback" not in errors
+    assert not list(Path(f"{out}.work").glob("codes-*"))  # all of it is told before sampling
 
 
 def test_a_folder_of_image_files_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -384,7 +394,10 @@ def test_a_folder_of_image_files_is_taken_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read(range(1, 3)).pixels_BHWC, pixels[1:])
     Image.fromarray(pixels[0, :, :5]).save(tmp_path / "c.png")
     with pytest.raises(UserError, match=r"c.png: 5 x 6 pixels, but .* squares of one size \(6\)"):
-        open_images(str(tmp_path), None).read(range(3))
+        open_images(str(tmp_path), None)
     (tmp_path / "c.png").write_text("no image")
+    with pytest.raises(UserError, match=r"c\.png: cannot be read as an image"):
+        open_images(str(tmp_path), None)
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:-40])  # its header is good
     with pytest.raises(UserError, match=r"c\.png: cannot be read as an image"):
         open_images(str(tmp_path), None).read(range(3))

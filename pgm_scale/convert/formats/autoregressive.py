@@ -1,0 +1,76 @@
+"""The autoregressive baseline of MDLM's and Duo's authors: Lightning.
+
+Keys: `backbone.` and ours, and the buffer `rotary_emb.inv_freq` behind the token table (FACTS 9).
+"""
+
+from __future__ import annotations
+
+from pgm_scale.config import (
+    AutoregressiveObjectiveConfig,
+    AutoregressiveTransformerConfig,
+    ModelConfig,
+    SamplerConfig,
+)
+from pgm_scale.convert.checkpoint import HyperParameters, found
+from pgm_scale.convert.formats.base import (
+    DROPOUT,
+    PREFIX,
+    TEXT_LENGTH_TOKENS,
+    Contents,
+    Format,
+    Shapes,
+    numbered,
+    rotary_heads,
+    rotary_key,
+    shape_of,
+    text_vocabulary,
+)
+from pgm_scale.trained_model import ModelDescription
+
+
+def _describe(shapes: Shapes, hyper_parameters: HyperParameters) -> Contents:
+    vocab_size, hidden_size = shape_of(shapes, "vocab_embed.embedding", 2)
+    model = AutoregressiveTransformerConfig(
+        hidden_size=hidden_size,
+        num_heads=rotary_heads(shapes, hidden_size),
+        num_blocks=numbered(shapes, "blocks."),
+        dropout=found(hyper_parameters, ("dropout",), float) or DROPOUT,
+    )
+    return Contents(
+        model,
+        AutoregressiveObjectiveConfig(),
+        SamplerConfig(kind="autoregressive"),
+        text_vocabulary(vocab_size),
+        found(hyper_parameters, ("length", "model_length"), int) or TEXT_LENGTH_TOKENS,
+    )
+
+
+def _fits(model: ModelConfig) -> bool:
+    return isinstance(model, AutoregressiveTransformerConfig)
+
+
+def _hyper_parameters(description: ModelDescription) -> HyperParameters:
+    model = description.model
+    assert isinstance(model, AutoregressiveTransformerConfig)
+    section = {
+        "hidden_size": model.hidden_size,
+        "n_blocks": model.num_blocks,
+        "n_heads": model.num_heads,
+        "length": description.length_tokens,
+        "dropout": model.dropout,
+        "tie_word_embeddings": False,
+    }
+    return {"config": {"model": section}, "vocab_size": description.vocabulary.size}
+
+
+FORMAT = Format(
+    name="ar",
+    layout="lightning",
+    prefix=PREFIX,
+    marks=("vocab_embed.embedding", "blocks.0.attn_qkv.weight"),
+    not_marks=("sigma_map.mlp.2.weight", "blocks.0.adaLN_modulation.weight"),
+    describe=_describe,
+    fits=_fits,
+    hyper_parameters=_hyper_parameters,
+    derived=(rotary_key(after="vocab_embed.embedding"),),
+)
