@@ -1,17 +1,20 @@
-# For a new machine: `make demo` (text), `make demo-images` and `make test`. Everything is installed into .venv.
+# For a new machine: `make demo` (text), `make demo-images`, `make demo-distill` and `make test`. Everything is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FOLDERS := pgm_scale data_prep ops tests
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-images test parity bench check format clean
+.PHONY: demo demo-images demo-distill test parity bench check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m ops.demo
 
 demo-images: $(STAMP)
 	$(BIN)/python -m ops.demo_images
+
+demo-distill: $(STAMP)
+	$(BIN)/python -m ops.demo_distill
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2

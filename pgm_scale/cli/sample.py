@@ -14,7 +14,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         description="Generate from the newest good checkpoint: freely, after a prompt, or around given text or "
         "given parts of an image. The same seed gives the same samples at any --batch.",
     )
-    parser.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("--count", type=positive, default=1, help="samples a prompt or class (default 1)")
     parser.add_argument("--sampler", help="kind of sampler (default: the run's); 'list' prints the kinds")
     parser.add_argument("--steps", type=positive, help="decoding steps (default: the run's)")

@@ -1,10 +1,10 @@
-"""Sampling from a run folder: what the command line asks for, in one call."""
+"""Sampling from a run or an exported model: what the command line asks for, in one call."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -15,13 +15,15 @@ from pgm_scale.errors import UserError
 from pgm_scale.loading import load, read_images
 from pgm_scale.sampling import SAMPLERS, SampleResult, fitting_sampler, sample
 from pgm_scale.sampling.request import SampleRequest, check_choice_temperature, parse_quirks, refuse_options
-from pgm_scale.sampling.run_images import ImageJob
 from pgm_scale.sampling.run_text import TextJob
 from pgm_scale.trained_model import TrainedModel
 
+if TYPE_CHECKING:
+    from pgm_scale.sampling.run_images import ImageJob
+
 
 def sample_run(folder: str, request: SampleRequest) -> SampleResult:
-    """Generate from a run's newest good checkpoint, print or write the samples, and say how fast it was."""
+    """Generate from a run's newest good checkpoint or an exported model, print or write the samples, and say how fast it was."""
     job_type = _job_type(folder, request)
     job_type.check(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +71,8 @@ def _job_type(folder: str, request: SampleRequest) -> type[TextJob] | type[Image
             f"{folder} is the run of a VQ tokenizer, which has no sampler; give a run trained on codes"
         )
     refuse_options(request.text, folder, "images")
+    from pgm_scale.sampling.run_images import ImageJob  # needs pillow, which text does without
+
     return ImageJob
 
 
