@@ -28,6 +28,7 @@ from pgm_scale.parallel.mesh import connected
 from pgm_scale.parallel.optimizer import build_adamw
 from pgm_scale.run_folder import RunFolder
 from pgm_scale.training.content import content_problems
+from pgm_scale.training.teacher_model import fill_in_model
 
 _PACKAGES = (
     "torch",
@@ -54,7 +55,7 @@ def examine(config_path: str | None, overrides: Iterable[str]) -> None:
     launch = find_launch()
     problems: list[str] = []
     check = partial(layout_problems, world_size=launch.world_size)
-    config = configuration.load(config_path, overrides, check) if config_path else None
+    config = configuration.load(config_path, overrides, check, fill_in_model) if config_path else None
     ranks = _rank_map(launch, config.parallel if config else ParallelConfig(), problems)
     if launch.rank == 0:
         table = Table("what", "found", box=None, pad_edge=False)

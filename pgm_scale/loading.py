@@ -52,7 +52,9 @@ def _check_origin(folder: str | Path, trained: TrainedModel, step: int | None, w
     if step not in (None, origin.step):
         raise UserError(f"{folder} is the export of step {origin.step}; leave out the step, or give the run")
     if weights != "ema" and weights != origin.weights:
-        raise UserError(f"{folder} holds {origin.weights} weights only; give the run, or leave out --weights")
+        raise UserError(
+            f"{folder} holds {origin.weights_name} weights only; give the run, or leave out --weights"
+        )
 
 
 def _quantize(folder: str | Path, trained: TrainedModel) -> None:

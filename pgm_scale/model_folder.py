@@ -39,8 +39,12 @@ INDEX_NAME = "model.safetensors.index.json"
 CHECKSUMS_NAME = "SHA256SUMS"
 MODEL_TYPE = "pgm_scale"  # `model_type` of config.json
 PREFIX = "backbone."  # of the weights' names, as in the published files
+VERSION_KEY = "pgm_scale_version"  # of config.json: what wrote it
 MAX_LENGTH_TOKENS = 1 << 20  # no weight's shape shows the length of text, so a garbled one is caught here
+MAX_BLOCKS = 1 << 12  # a model is built, without memory for its weights, before its shapes are compared
+MAX_SIZE = 1 << 28  # of the widths and counts of a model
 
+_LONGEST_PROBLEM, _MOST_PROBLEMS = 500, 8
 Shape = tuple[int, ...]
 _CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
@@ -58,13 +62,15 @@ def read_description(folder: str | Path) -> ModelDescription:
     path = Path(folder) / CONFIG_NAME
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}); give a folder of `pgm-scale export`") from None
     if not isinstance(tree, dict) or tree.get("model_type") != MODEL_TYPE:
         raise UserError(
             f"{path} is not of an exported model (no model_type {MODEL_TYPE}); use `pgm-scale export`"
         )
-    return parse_description(tree.get("description"), str(path))
+    version = tree.get(VERSION_KEY)
+    writer = f" (of pgm-scale {version[:20]})" if isinstance(version, str) and version.isprintable() else ""
+    return parse_description(tree.get("description"), f"{path}{writer}")
 
 
 def parse_description(tree: Any, where: str) -> ModelDescription:
@@ -74,8 +80,13 @@ def parse_description(tree: Any, where: str) -> ModelDescription:
         UserError: `where` is damaged, and how.
     """
     description, problems = read_tree(tree)
+    if description is not None:
+        problems += grid_problems(description)
     if description is None or problems:
-        raise UserError(f"{where} is damaged: {'; '.join(problems)}; export the model again")
+        told = "; ".join(problem[:_LONGEST_PROBLEM] for problem in problems[:_MOST_PROBLEMS])
+        raise UserError(
+            f"{where} is damaged: {told}; export the model again, or use the release that wrote it"
+        )
     return description
 
 
@@ -100,7 +111,20 @@ def _inconsistencies(description: ModelDescription) -> list[str]:
         problems.append(f"vocabulary: an id is not below the size {vocabulary.size}")
     if not 1 <= description.length_tokens <= MAX_LENGTH_TOKENS:
         problems.append(f"length_tokens: {description.length_tokens} must be from 1 to {MAX_LENGTH_TOKENS}")
+    sizes = {f"model.{name}": value for name, value in vars(description.model).items() if type(value) is int}
+    for name, value in {**sizes, "vocabulary.size": vocabulary.size}.items():
+        most = MAX_BLOCKS if name.endswith("_blocks") else MAX_SIZE
+        if value > most:
+            problems.append(f"{name}: {value} is more than {most}")
     return problems
+
+
+def grid_problems(description: ModelDescription) -> list[str]:
+    """Whether rows of codes are as long as their grid tells."""
+    images, length = description.images, description.length_tokens
+    if images is None or images.tokens != "codes" or images.grid_side**2 == length - 1:
+        return []
+    return [f"length_tokens: {length} is not BOS and a grid of {images.grid_side} a side"]
 
 
 def load_folder(
@@ -238,6 +262,6 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError("file names expected")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is damaged ({error}); copy or export the folder again") from None
     return [folder / name for name in names]

@@ -286,5 +286,13 @@ def load_run(
 
 
 def checkpoint_sha256(store: CheckpointStore, step: int) -> str:
-    """Of the step's manifest, which holds the SHA-256 of each of its files."""
-    return sha256_file(store.folders.of(step) / CHECKPOINT_MANIFEST_NAME)
+    """Of the step's manifest, which holds the SHA-256 of each of its files.
+
+    Raises:
+        UserError: it is gone: training keeps the newest steps only.
+    """
+    path = store.folders.of(step) / CHECKPOINT_MANIFEST_NAME
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; use one of the steps {store.steps()}") from None

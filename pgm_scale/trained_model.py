@@ -32,6 +32,11 @@ class Origin:
     weights: Weights
     checkpoint_sha256: str
 
+    @property
+    def weights_name(self) -> str:
+        """For people."""
+        return {"ema": "averaged", "weight": "raw"}[self.weights]
+
 
 @dataclass(frozen=True)
 class ModelDescription:

@@ -129,8 +129,8 @@ class CheckpointStore:
     def purge(self, keep_last: int, *milestone_intervals_steps: int) -> list[int]:
         """Delete old steps, after a save; acts on rank 0 only and returns the deleted steps.
 
-        Kept are the newest `keep_last`, the multiples of each of the intervals (0: none), and the step that this
-        process has verified by reading (it resumed from it): the newer ones were only written.
+        Kept are the newest `keep_last`, the multiples of each of the intervals (0: none), and the newest step that
+        this process has verified by reading (it resumed from it): the newer ones were only written.
         """
         if self.peers.rank != 0:
             return []
@@ -184,7 +184,7 @@ class CheckpointStore:
         problems = self._problems(step)
         if problems:
             raise UserError(f"{_bad(step, problems)}; {self.folders.folder} has the steps {self.steps()}")
-        self._verified_step = step
+        self._verified_step = max(step, self._verified_step or 0)
 
     def state(self, step: int) -> dict[str, Any]:
         """The state of a verified step."""

@@ -29,8 +29,9 @@ def _print_config(options: argparse.Namespace) -> None:
     from pgm_scale import config as configuration
     from pgm_scale.data.manifest import MANIFEST_NAME
     from pgm_scale.data.storage import is_remote
+    from pgm_scale.training.teacher_model import fill_in_model
 
-    config = configuration.load(options.config, options.overrides)
+    config = configuration.load(options.config, options.overrides, complete=fill_in_model)
     print(configuration.to_yaml(config), end="")
     for key, split in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if not is_remote(split) and not (Path(split) / MANIFEST_NAME).exists():

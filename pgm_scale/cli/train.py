@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 from pgm_scale.cli.arguments import add_config_arguments
 
@@ -27,7 +25,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _run(options, lambda _: None)
+    _run(options)
 
 
 def _add_distill(commands: argparse._SubParsersAction) -> None:
@@ -43,24 +41,28 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
 
 
 def _distill(options: argparse.Namespace) -> None:
-    from pgm_scale.training.teacher_model import fill_in_model
-
-    _run(options, fill_in_model)
+    _run(options, distils=True)
 
 
-def _run(options: argparse.Namespace, complete: Callable[[dict[str, Any]], None]) -> None:
+def _run(options: argparse.Namespace, distils: bool = False) -> None:
     from functools import partial
 
     from pgm_scale.host_memory import keep_freed_memory
 
     keep_freed_memory()
     from pgm_scale import config as configuration
+    from pgm_scale.errors import UserError
     from pgm_scale.parallel.launch import find_launch
     from pgm_scale.parallel.layout import layout_problems
+    from pgm_scale.training.teacher_model import fill_in_model
 
     launch = find_launch()
     check = partial(layout_problems, world_size=launch.world_size)
-    config = configuration.load(options.config, options.overrides, check, complete)
+    config = configuration.load(options.config, options.overrides, check, fill_in_model)
+    if distils and config.objective.kind != "sdtt":
+        raise UserError(
+            "distill needs a configuration with objective.kind sdtt; use `pgm-scale train` for others"
+        )
     from pgm_scale.training.loop import train
 
     train(config, launch)

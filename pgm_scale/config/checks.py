@@ -151,9 +151,13 @@ def _distillation_inconsistencies(config: RunConfig, objective: SDTTObjectiveCon
         )
     if objective.next_teacher == "ema" and config.training.ema_decay == 0:
         problems.append("objective.next_teacher: ema needs training.ema_decay above 0; use student")
+    if objective.reset_ema and config.training.ema_decay == 0:
+        problems.append(
+            "objective.reset_ema: there is no average, as training.ema_decay is 0; set it to false"
+        )
     if objective.round_steps > 0:
         rounds = -(-config.training.steps // objective.round_steps)
-        if objective.sampling_steps < 2**rounds:
+        if rounds >= objective.sampling_steps.bit_length():  # fewer sampling steps than 2**rounds
             problems.append(
                 f"objective.sampling_steps: {objective.sampling_steps} cannot be halved in {rounds} rounds; "
                 "use fewer training.steps or longer objective.round_steps"

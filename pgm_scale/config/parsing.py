@@ -125,7 +125,7 @@ def _parse_scalar(hint: Any, value: Any, problems: list[str], where: str) -> Any
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) is hint:
         return value

@@ -11,7 +11,7 @@ from pgm_scale.config.parsing import apply_override
 from pgm_scale.convert.formats.base import Contents
 from pgm_scale.convert.tokenizers import Companion
 from pgm_scale.errors import UserError
-from pgm_scale.model_folder import read_tree
+from pgm_scale.model_folder import grid_problems, read_tree
 from pgm_scale.trained_model import ModelDescription, Origin
 
 _SETTABLE = ("model", "objective", "sampler", "vocabulary", "length_tokens", "images")
@@ -62,12 +62,13 @@ def _with_images(description: ModelDescription, given: Companion, as_set: bool) 
 
 
 def _problems(description: ModelDescription, given: Companion) -> list[str]:
-    problems, vocabulary, images = [], description.vocabulary, description.images
+    problems, vocabulary = grid_problems(description), description.vocabulary
     if vocabulary.size <= len({vocabulary.mask_id, vocabulary.bos_id}):
         problems.append(f"vocabulary: {vocabulary.size} rows leave no token but the mask and BOS")
-    if images is not None and images.grid_side**2 != description.length_tokens - 1:
+    if given.largest_id is not None and given.largest_id >= vocabulary.size:
         problems.append(
-            f"length_tokens: {description.length_tokens} is not BOS and a grid of {images.grid_side} a side"
+            f"--tokenizer has token {given.largest_id}, the model {vocabulary.size} rows; give the one it was "
+            "trained with"
         )
     if given.vq is not None and given.vq.config.codebook_size + 2 != vocabulary.size:
         problems.append(

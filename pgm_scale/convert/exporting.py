@@ -25,7 +25,8 @@ from pgm_scale.vq_tokenizer import VQTokenizer
 class WriteRequest:
     """Attributes:
     folder: a run or an exported one.
-    weights: which fill a file that holds one set; a Lightning file of a run holds both.
+    weights: which fill a file that holds one set; a Lightning file of a run holds both. An exported folder has
+        one set: "ema" takes what is there.
     """
 
     folder: str
@@ -42,7 +43,7 @@ def write_published(request: WriteRequest, say: Callable[[str], None] = print) -
     """
     output = Path(request.output)
     if request.format_name == llamagen_vq.NAME:
-        check_writable("--out", output)
+        _check_file(output)
         tensors = llamagen_vq.published_vq(VQTokenizer.load(request.folder))
         checkpoint = ForeignCheckpoint("vq", output, output, tensors)
         write_checkpoint(checkpoint)
@@ -63,9 +64,15 @@ def write_published(request: WriteRequest, say: Callable[[str], None] = print) -
 
 def _check_output(table_of: Format, output: Path) -> None:
     if table_of.layout != "hugging_face":
-        check_writable("--out", output)
+        _check_file(output)
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--out {output} is not empty; {table_of.name} is a folder: give a new one")
+
+
+def _check_file(output: Path) -> None:
+    check_writable("--out", output)
+    if output.exists():  # a checkpoint may be the only one
+        raise UserError(f"--out {output} is there already; give a new file")
 
 
 def _checkpoint(request: WriteRequest, table_of: Format, output: Path) -> tuple[ForeignCheckpoint, float]:
@@ -93,10 +100,9 @@ def _checkpoint(request: WriteRequest, table_of: Format, output: Path) -> tuple[
 
 
 def _weights(request: WriteRequest, table_of: Format) -> Weights:
-    """Of an exported folder those it has; of a run what a file of one set is asked for, and else the raw ones."""
-    if is_model_folder(request.folder):
-        return "ema"  # which takes what is there
-    return "weight" if table_of.layout == "lightning" else request.weights
+    """Those asked for; but a Lightning file of a run has both sets, the raw ones first."""
+    has_both = table_of.layout == "lightning" and not is_model_folder(request.folder)
+    return "weight" if has_both else request.weights
 
 
 def _average(request: WriteRequest, trained: TrainedModel) -> tuple[list[torch.Tensor], float]:

@@ -92,7 +92,7 @@ def import_checkpoint(request: ImportRequest, say: Callable[[str], None] = print
         )
     count = sum(tensor.numel() for tensor in weights.values())
     say(
-        f"{output}: {len(weights)} tensors, {count:,} parameters, {origin.weights} weights of {origin.source}"
+        f"{output}: {len(weights)} tensors, {count:,} parameters, {origin.weights_name} weights of {origin.source}"
         f"{_step(checkpoint)}, SHA-256 {sha256}"
     )
     if given.name is None:
@@ -173,7 +173,7 @@ def _card(trained: TrainedModel, given: Companion) -> str:
     rows: dict[str, Any] = {
         "converted from": origin.source,
         "SHA-256 of its weights": origin.checkpoint_sha256,
-        "weights": {"ema": "exponential moving average", "weight": "raw"}[origin.weights],
+        "weights": origin.weights_name,
         "step": "not known" if origin.step is None else origin.step,
         "parameters": f"{count:,}",
         "tokens a row": description.length_tokens,

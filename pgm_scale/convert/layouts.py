@@ -22,7 +22,8 @@ from pgm_scale.convert.checkpoint import ForeignCheckpoint, Layout
 from pgm_scale.convert.plain import plain, tokenizer_json
 from pgm_scale.convert.torch_file import named_tensors, open_torch_file
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes, commit, temporary_name
+from pgm_scale.export.folder import new_folder
+from pgm_scale.files import commit, temporary_name
 
 _CONFIG_NAME, _SAFETENSORS_NAME, _BIN_NAME = "config.json", "model.safetensors", "pytorch_model.bin"
 _LISTED = 8
@@ -189,14 +190,10 @@ _CONTENTS = {"lightning": _lightning_content, "image": _image_content, "vq": _vq
 
 
 def _write_hugging_face(checkpoint: ForeignCheckpoint) -> None:
-    """config.json comes last, so a folder that has one is complete."""
-    folder = checkpoint.path
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(folder / _SAFETENSORS_NAME)
-    safetensors.torch.save_file(checkpoint.tensors, temporary, metadata={"format": "pt"})
-    commit(temporary, folder / _SAFETENSORS_NAME)
     config = json.dumps(checkpoint.hyper_parameters, indent=2) + "\n"
-    atomic_write_bytes(folder / _CONFIG_NAME, config.encode())
+    with new_folder(checkpoint.path) as folder:
+        safetensors.torch.save_file(checkpoint.tensors, folder / _SAFETENSORS_NAME, metadata={"format": "pt"})
+        (folder / _CONFIG_NAME).write_bytes(config.encode())
 
 
 def weights_path_of(layout: Layout, path: Path) -> Path:

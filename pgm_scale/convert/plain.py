@@ -55,6 +55,7 @@ class _Reader:
         for key in (_VALUE, _CONTENT):
             if record.module.startswith("omegaconf.") and key in state:
                 return self.read(state[key], depth + 1)
+        self.values += len(record.items)
         if record.items and all(type(item) is tuple and len(item) == 2 for item in record.items):
             return {
                 self.key(k): self.read(v, depth + 1) for k, v in record.items

@@ -19,8 +19,10 @@ _MOST_OPERATIONS = 5_000_000  # a tokenizer with 50,000 words in Python dicts ta
 _MOST_COPIED_BYTES = 1 << 26
 _ITEM_BYTES = 16
 _LONGEST_KEY = 16
+_LONGEST_NAME = 1000  # of a global: names are joined and copied, once a call and once a mention
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-_SCALARS = (str, bytes, int, float, bool, complex, type(None))
+# Not complex: a file could choose a million of equal hashes, and a dict of them takes hours.
+_KEY_TYPES = (str, bytes, int, float, bool, type(None))
 
 
 class PickleError(Exception):
@@ -40,6 +42,8 @@ class Record:
     __slots__ = ("args", "items", "module", "name", "state")
 
     def __init__(self, module: str, name: str, args: tuple[Any, ...] | None = None) -> None:
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise PickleError(f"a name of {len(module) + len(name):,} letters")
         self.module, self.name, self.args = module, name, args
         self.state: Any = None
         self.items: list[Any] = []
@@ -278,7 +282,7 @@ def _hashable(key: Any) -> Hashable:
     parts = key if type(key) is tuple and len(key) <= _LONGEST_KEY else (key,)
     for part in parts:
         is_large = type(part) is int and part.bit_length() > 64
-        if is_large or not isinstance(part, (*_SCALARS, Record)):
+        if is_large or not isinstance(part, (*_KEY_TYPES, Record)):
             raise PickleError(f"a {type(part).__name__} as a key")
     return key
 

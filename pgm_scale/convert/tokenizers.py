@@ -19,11 +19,13 @@ class Companion:
     name: where it comes from; None if there is none.
     sha256: what models call `tokenizer_sha256`.
     vq: of image models.
+    largest_id: of a text tokenizer's tokens.
     """
 
     name: str | None = None
     sha256: str | None = None
     vq: VQTokenizer | None = None
+    largest_id: int | None = None
 
 
 def companion(
@@ -51,15 +53,16 @@ def companion(
     except OSError as error:
         raise UserError(f"cannot read --tokenizer {given}: {error.strerror}; give a tokenizer.json") from None
     name = Path(given).name if given is not None else f"the one inside {checkpoint.path.name}"
-    _check(path, given or str(checkpoint.path))
-    return Companion(name, hashlib.sha256(path.read_bytes()).hexdigest())
+    largest_id = _largest_id(path, given or str(checkpoint.path))
+    return Companion(name, hashlib.sha256(path.read_bytes()).hexdigest(), largest_id=largest_id)
 
 
-def _check(path: Path, where: str) -> None:
+def _largest_id(path: Path, where: str) -> int:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # the library raises this very class
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where} holds no tokenizer.json ({reason}); give one with --tokenizer") from None

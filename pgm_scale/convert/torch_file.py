@@ -27,6 +27,7 @@ from pgm_scale.errors import UserError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+_MOST_DIMENSIONS = 64
 _ZIP_START = b"PK\x03\x04"
 
 _STORAGE_TYPES = {
@@ -239,8 +240,10 @@ def _rebuild_tensor(
         return None
     if not isinstance(storage, Storage):
         raise PickleError("a tensor without a storage")
-    numbers = [offset, *size, *stride]
-    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers) or len(size) > 64:
+    if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
+        raise PickleError("a tensor of impossible shape")
+    # Bounded first: products of integers of megabytes take hours.
+    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *size, *stride)):
         raise PickleError("a tensor of impossible shape")
     values = storage.values if dtype is None else storage.values.view(dtype)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

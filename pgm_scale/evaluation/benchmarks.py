@@ -90,6 +90,8 @@ def run_benchmarks(
         UserError: a task's templates do not fit its data.
     """
     evaluator = require("lm_eval.evaluator", "--harness")
+    from jinja2 import TemplateError  # lm-eval brings it
+
     from pgm_scale.evaluation.harness import HarnessModel
 
     model = HarnessModel(
@@ -115,7 +117,7 @@ def run_benchmarks(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TemplateError) as error:
         raise UserError(
             f"--harness {','.join(settings.tasks)}: lm-eval cannot run it: {_one_line(error)}; "
             "check the task's YAML"

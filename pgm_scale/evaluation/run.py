@@ -206,6 +206,10 @@ def _check(request: EvaluationRequest) -> None:
         require("mauve", "--mauve")
     if request.self_bleu:
         check_self_bleu(request.completions.completions)
+    if (request.mauve or request.self_bleu) and request.completions.prompts < 2:
+        raise UserError(
+            f"--prompts {request.completions.prompts} has no spread to compare or to tell; give at least 2"
+        )
     if request.samples_file is not None and request.judge is None:
         raise UserError("--samples-file is scored by a judge; give --judge FOLDER")
     if request.judge is not None and request.samples < 2:

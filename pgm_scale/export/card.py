@@ -14,7 +14,7 @@ import yaml
 
 from pgm_scale import config as configuration
 from pgm_scale.data.manifest import DatasetManifest
-from pgm_scale.trained_model import ModelDescription
+from pgm_scale.trained_model import ModelDescription, Origin
 
 _DIFFUSION = ("partition_transformer", "diffusion_transformer")
 _USE = """## Use
@@ -55,6 +55,7 @@ class CardFacts:
         settings: sections of the run's configuration.
         metrics: the run's last record up to the step, and its last one with validation; empty if there are none.
         evaluation: of an eval JSON.
+        distilled_from: the first teacher of a distillation.
     """
 
     parameters: int
@@ -63,6 +64,7 @@ class CardFacts:
     settings: Mapping[str, Any]
     metrics: Mapping[str, Any]
     evaluation: Mapping[str, Any]
+    distilled_from: Origin | None = None
 
 
 def model_card(name: str, description: ModelDescription, facts: CardFacts) -> str:
@@ -73,22 +75,26 @@ def model_card(name: str, description: ModelDescription, facts: CardFacts) -> st
         "pipeline_tag": "text-generation" if description.images is None else "unconditional-image-generation",
         "tags": ["pgm-scale", model.kind.replace("_", "-"), *(["diffusion"] * (model.kind in _DIFFUSION))],
     }
+    # A distillation's own, while the description has that of its teacher's pretraining.
+    kind = facts.settings.get("objective", {}).get("kind", description.objective.kind)
     sections.append(f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {_inline(name)}\n")
     sections.append(
         f"A {_inline(model.kind)} of {facts.parameters:,} parameters, trained by pgm-scale with the objective "
-        f"{_inline(description.objective.kind)}. The license is the owner's to choose: add it above.\n"
+        f"{_inline(kind)}. The license is the owner's to choose: add it above.\n"
     )
-    weights = {"ema": "exponential moving average", "weight": "raw"}[origin.weights]
+    teacher = facts.distilled_from
     identity = {
         "run": origin.source,
         "run id": origin.run_id,
         "step": origin.step,
-        "weights": weights,
+        "weights": {"ema": "exponential moving average", "weight": "raw"}[origin.weights],
         "stored as": facts.dtype,
         "parameters": facts.parameters,
         "checkpoint SHA-256": origin.checkpoint_sha256,
         "tokenizer SHA-256": description.tokenizer_sha256,
     }
+    if teacher is not None:
+        identity |= {"distilled from": teacher.source, "teacher's SHA-256": teacher.checkpoint_sha256}
     sections.append(_section("Model", {**identity, **_flat(configuration.to_mapping(model))}))
     sections.append(_section("Data", _data(description, facts.data)))
     sections.append(_section("Training", _flat(facts.settings)))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from pgm_scale import __version__
 from pgm_scale import config as configuration
 from pgm_scale.data.manifest import TOKENIZER_NAME, VQ_WEIGHTS_NAME
 from pgm_scale.errors import UserError
 from pgm_scale.export.bundle import ENTRY_NAME, bundled_files
 from pgm_scale.export.companions import generation_config, tokenizer_config
-from pgm_scale.files import sha256_file, temporary_name, write_synced
-from pgm_scale.model_folder import CHECKSUMS_NAME, CONFIG_NAME, INDEX_NAME, MODEL_TYPE, PREFIX
+from pgm_scale.files import fsync_folder, sha256_file, temporary_name
+from pgm_scale.model_folder import CHECKSUMS_NAME, CONFIG_NAME, INDEX_NAME, MODEL_TYPE, PREFIX, VERSION_KEY
 from pgm_scale.trained_model import TrainedModel
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -46,17 +50,33 @@ def write_model_folder(
     Raises:
         UserError: the folder holds something, or cannot be written.
     """
-    folder = Path(folder)
+    with new_folder(Path(folder)) as staged:
+        _write_all(staged, trained, card, dtype, max_shard_bytes)
+        check(staged)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Where to write a folder's files, which get its name, synced, when the block ends without an error.
+
+    Raises:
+        UserError: the folder holds something, or cannot be written.
+    """
     check_free(folder)
-    staged = temporary_name(Path(folder.absolute()))
+    staged = temporary_name(folder.absolute())
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-        _write_all(staged, trained, card, dtype, max_shard_bytes)
-        check(staged)
+        yield staged
+        for path in staged.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(staged)
         staged.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another place") from None
+        fsync_folder(staged.parent)
+    except (OSError, SafetensorError) as error:  # SafetensorError: for a full disk
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {folder}: {reason}; choose another place") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -81,7 +101,7 @@ def _write_all(
         texts["tokenizer_config.json"] = _json(tokenizer_config(trained))
     texts[CONFIG_NAME] = _json(_config(trained, dtype))
     for name, text in texts.items():
-        write_synced(folder / name, text.encode())
+        (folder / name).write_bytes(text.encode())
 
 
 def _write_weights(folder: Path, trained: TrainedModel, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -94,7 +114,7 @@ def _write_weights(folder: Path, trained: TrainedModel, dtype: torch.dtype, max_
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_synced(folder / INDEX_NAME, _json(index).encode())
+        (folder / INDEX_NAME).write_bytes(_json(index).encode())
 
 
 def _config(trained: TrainedModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -107,6 +127,7 @@ def _config(trained: TrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         "architectures": ["PGMScaleModel"],
         "auto_map": {auto: f"{ENTRY_NAME}.{name}" for auto, name in classes.items()},
         "torch_dtype": str(dtype).removeprefix("torch."),
+        VERSION_KEY: __version__,
         "description": configuration.to_mapping(trained.description),
     }
 

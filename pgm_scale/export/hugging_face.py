@@ -203,7 +203,9 @@ class PGMScaleModel(PreTrainedModel):
             self._check_padding(attention_mask)
         if group_ids is not None and not isinstance(self.backbone, PartitionTransformer):
             raise UserError("group_ids are for a PGM; leave them out")
-        if group_ids is not None and group_ids.shape != input_ids.shape:
+        if group_ids is not None and (
+            group_ids.shape != input_ids.shape or bool(((group_ids != 0) & (group_ids != 1)).any())
+        ):
             raise UserError(
                 f"group_ids are {tuple(group_ids.shape)}; give one, 0 or 1, for each of the input_ids"
             )

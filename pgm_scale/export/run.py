@@ -70,7 +70,7 @@ def export_run(run_folder: str, request: ExportRequest, say: Callable[[str], Non
         check=lambda folder: _report(folder, expected, request.dtype, say),
     )
     origin = trained.description.origin
-    say(f"{output}: step {origin.step} of {run.path}, {origin.weights} weights, {request.dtype}")
+    say(f"{output}: step {origin.step} of {run.path}, {origin.weights_name} weights, {request.dtype}")
 
 
 def _report(folder: Path, expected: Tensor, stored: str, say: Callable[[str], None]) -> None:
@@ -100,6 +100,7 @@ def _card(
         settings={section: tree[section] for section in _CARD_SECTIONS},
         metrics=_last_metrics(run.metrics_path, trained.description.origin.step),
         evaluation=evaluation,
+        distilled_from=run.identity().distilled_from,
     )
     return model_card(config.name, trained.description, facts)
 

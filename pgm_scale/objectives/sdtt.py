@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -282,9 +283,18 @@ class _Step:
         hidden_QH = hidden.flatten(0, -2)
         self.kept = hidden_QH if self._opened_O is None else hidden_QH[self._opened_O]
         self.output_linear = output_linear
-        if self._draw is None or not len(self.kept):
-            return torch.zeros(0, dtype=torch.int64, device=hidden.device)
-        return self._draw(self.kept, output_linear)
+        if self._draw is None:
+            return _no_token(hidden)
+        # One call of the linear, for any number of tokens and for none: under ZeRO-3 each is a gather of all ranks.
+        return output_linear(self.kept, partial(self._drawn, self._draw, output_linear))
+
+    @staticmethod
+    def _drawn(draw: TokenDraw, output_linear: OutputLinear, hidden_OH: Tensor) -> Tensor:
+        return draw(hidden_OH, output_linear) if len(hidden_OH) else _no_token(hidden_OH)
+
+
+def _no_token(hidden: Tensor) -> Tensor:
+    return torch.zeros(0, dtype=torch.int64, device=hidden.device)
 
 
 def _selection(chosen: np.ndarray, device: torch.device) -> Tensor:

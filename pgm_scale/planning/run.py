@@ -21,6 +21,7 @@ from pgm_scale.planning.dry_build import DryBuild, dry_build, parallel_config
 from pgm_scale.planning.layouts import Workload
 from pgm_scale.planning.report import GB, layout_name, print_plans, to_json
 from pgm_scale.planning.search import Plan, Planner, ranked
+from pgm_scale.training.teacher_model import fill_in_model
 
 MEASURED_SEQUENCES = 4
 
@@ -48,7 +49,7 @@ def plan(request: PlanRequest) -> None:
     """
     if request.json_path:
         check_writable("--json", Path(request.json_path))
-    config = configuration.load(request.config_path, request.overrides)
+    config = configuration.load(request.config_path, request.overrides, complete=fill_in_model)
     if not Path(request.cluster_path).is_file():  # the default is one of the source tree
         raise UserError(
             f"no cluster file {request.cluster_path} here; give --cluster FILE.yaml, "

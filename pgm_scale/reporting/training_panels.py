@@ -17,9 +17,7 @@ _NATS_KINDS = {"pgm", "mdlm", "complementary_mdlm", "d3pm", "autoregressive", "i
 def training_panels(runs: Sequence[TrainingRun]) -> list[Panel]:
     """Those for which at least one run has numbers."""
     panels = [
-        _panel(
-            runs, "training_loss", "Training loss", Axis("loss", loss_unit(runs)), "loss_mean", smooth=True
-        ),
+        *_training_losses(runs),
         _validation_loss(runs),
         _panel(
             runs,
@@ -71,6 +69,20 @@ def training_panels(runs: Sequence[TrainingRun]) -> list[Panel]:
     return [panel for panel in panels if panel.lines]
 
 
+def _training_losses(runs: Sequence[TrainingRun]) -> list[Panel]:
+    """One a unit: a divergence of 0.1 beside a cross-entropy of 5 would be a flat line."""
+    units = dict.fromkeys(loss_unit([run]) for run in runs)
+    panels = []
+    for unit in units:
+        # Runs of other units keep their places, which are their colours, but have no values here.
+        key, title = "training_loss", "Training loss"
+        if len(units) > 1 and unit != "loss":
+            key, title = f"training_loss_{unit.replace(' ', '_')}", f"Training loss, {unit}"
+        own = [run if loss_unit([run]) == unit else None for run in runs]
+        panels.append(_panel(own, key, title, Axis("loss", unit), "loss_mean", smooth=True))
+    return panels
+
+
 def loss_unit(runs: Sequence[TrainingRun]) -> str:
     """What the runs' training losses are counted in, if it is the same for all."""
     if {run.settings.get("objective.kind") for run in runs} <= _NATS_KINDS:
@@ -84,7 +96,7 @@ def loss_unit(runs: Sequence[TrainingRun]) -> str:
 
 
 def _panel(
-    runs: Sequence[TrainingRun],
+    runs: Sequence[TrainingRun | None],
     key: str,
     title: str,
     y_axis: Axis,
@@ -92,11 +104,10 @@ def _panel(
     smooth: bool = False,
     error: str | None = None,
 ) -> Panel:
-    """`field` over steps and tokens; with `smooth`, raw values stay behind the line."""
+    """`field` over steps and tokens; with `smooth`, raw values stay behind the line. None leaves a colour out."""
     lines, marks = [], []
     for color, run in enumerate(runs):
-        records = run.with_values(field)
-        if not records:
+        if run is None or not (records := run.with_values(field)):
             continue
         places, values = run.places(records), [float(record[field]) for record in records]
         errors = None if error is None else [number(record.get(error)) for record in records]
@@ -146,7 +157,9 @@ def _validation(record: dict[str, Any]) -> tuple[float | None, float | None]:
 def mask_fraction_panel(runs: Sequence[TrainingRun]) -> Panel:
     lines = []
     for color, run in enumerate(runs):
-        if means := last_cross_entropies(run.records):
+        # An autoregressive model predicts with one share of the sequence only, which is no curve.
+        means = last_cross_entropies(run.records)
+        if sum(mean is not None for mean in means) > 1:
             x: list[float | None] = [(bucket + 0.5) / len(means) for bucket in range(len(means))]
             lines.append(Line(run.label, {"mask_fraction": x}, means, color=color))
     return Panel(

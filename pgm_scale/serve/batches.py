@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.diffusion.draws import uniforms
-from pgm_scale.models.autoregressive import AutoregressiveTransformer
+from pgm_scale.models.dit import DiffusionTransformer
 from pgm_scale.sampling import SAMPLERS, UNKNOWN
 from pgm_scale.sampling.batch import SamplingBatch
 from pgm_scale.sampling.engine import BatchSampler, batch_sampler
@@ -59,8 +59,8 @@ class SeededBatch(SamplingBatch):
 class WholeBatches:
     """A `Decoding` whose step takes the oldest row and those that fit to it from their first to their last token.
 
-    Rows fit together if their sampler settings are equal, and their lengths, but for autoregressive models, whose
-    tokens do not depend on what is behind them.
+    Rows fit together if their sampler settings are equal, and they are of any length: an MDLM or D3PM decodes its
+    full length, as it was trained, with what is behind a row unknown; an autoregressive model does not look there.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class WholeBatches:
 
     @property
     def next_rows(self) -> list[Row]:
-        return [row for row in self._rows if self._key(row) == self._key(self._rows[0])]
+        return [row for row in self._rows if row.config == self._rows[0].config]
 
     @property
     def free_slots(self) -> int:
@@ -102,10 +102,6 @@ class WholeBatches:
             for row, tokens_L in zip(rows, tokens_BL.cpu().numpy(), strict=True)
         ]
 
-    def _key(self, row: Row) -> Hashable:
-        is_causal = isinstance(self.model, AutoregressiveTransformer)
-        return row.config, None if is_causal else len(row.known_L)
-
     def _sampler(self, kind: str) -> BatchSampler:
         if kind not in self._samplers:
             self._samplers[kind] = batch_sampler(SAMPLERS[kind][1], self.model)
@@ -113,6 +109,8 @@ class WholeBatches:
 
     def _batch(self, rows: Sequence[Row]) -> SeededBatch:
         length = max(len(row.known_L) for row in rows)
+        if isinstance(self.model, DiffusionTransformer):
+            length = self.model.length
         known_BL = np.full((len(rows), length), UNKNOWN, np.int64)
         for known_L, row in zip(known_BL, rows, strict=True):
             known_L[: len(row.known_L)] = row.known_L

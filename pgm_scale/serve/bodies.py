@@ -22,12 +22,20 @@ def _prompts(value: Any) -> list[str | list[int]]:
     items = value if isinstance(value, list) and not _is_tokens(value) else [value]
     for item in items:
         if isinstance(item, str):
-            item.encode()  # a half of a surrogate pair cannot be encoded: a ValueError
+            _characters(item)
         elif not _is_tokens(item):
             raise ValueError("give a string, a list of strings, or lists of token ids")
     if not items:
         raise ValueError("give at least one prompt; an empty string is one")
     return items
+
+
+def _characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no character") from None
+    return text
 
 
 def _is_tokens(value: Any) -> bool:
@@ -44,6 +52,7 @@ def _hot_or_greedy(value: float) -> float:
     return value
 
 
+Text = Annotated[str, AfterValidator(_characters)]
 Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_hot_or_greedy)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
@@ -70,6 +79,12 @@ class _SamplingBody(_Body):
     user: str | None = None
 
 
+class StreamOptions(_Body):
+    """`include_usage`: a last chunk without choices tells how many tokens there were."""
+
+    include_usage: bool = False
+
+
 class CompletionBody(_SamplingBody):
     """`/v1/completions`; `steps`, `sampler` and `top_k` are ours. `refuse` names what no model here can do."""
 
@@ -77,6 +92,7 @@ class CompletionBody(_SamplingBody):
     max_tokens: Count = 16
     stop: Stop = Field(default_factory=list)
     stream: bool = False
+    stream_options: StreamOptions | None = None
     echo: bool = False
     logprobs: int | bool | None = None
     suffix: str | None = None
@@ -103,16 +119,17 @@ class CompletionBody(_SamplingBody):
 class Segment(_Body):
     """Either known text or a hole of so many tokens."""
 
-    text: str | None = None
+    text: Text | None = None
     hole: Count | None = None
 
 
 class InfillBody(_SamplingBody):
     """`/v1/infill`: a `template` in which {N} stands for N tokens to generate, or a list of `segments`."""
 
-    template: str | None = None
+    template: Text | None = None
     segments: Annotated[list[Segment], Field(min_length=1)] | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
 
 
 class ImageBody(_SamplingBody):
@@ -137,7 +154,8 @@ def parse_body(content: bytes, kind: type[Body]) -> Body:
     if not isinstance(tree, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     try:
-        return kind.model_validate(tree)
+        # null is OpenAI's way to leave a field out
+        return kind.model_validate({name: value for name, value in tree.items() if value is not None})
     except (ValidationError, RecursionError) as error:
         raise _wrong_field(error) from None
 
@@ -148,7 +166,8 @@ def _wrong_field(error: ValidationError | RecursionError) -> ApiError:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     first, more = problems[0], len(problems) - 1
     field = str(first["loc"][0])[:100].encode(errors="replace").decode() if first["loc"] else None
-    message = f"{field}: {first['msg']}" + (f" (and {more} more problems)" if more else "")
+    reason = first["msg"].removeprefix("Value error, ")  # pydantic's name for what validators raise
+    message = f"{field}: {reason}" + (f" (and {more} more problems)" if more else "")
     return ApiError(422, message, param=field, code="invalid_value")
 
 

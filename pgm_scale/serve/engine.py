@@ -155,6 +155,8 @@ class Engine:
         """Raises:
         ApiError: 503, it is not.
         """
+        if self._state == "failed":
+            raise unavailable("the model cannot be used; see the server's log")
         if self._state != "ready":
             raise unavailable(f"the server is {self._state}; try again later")
 

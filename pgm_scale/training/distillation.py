@@ -107,14 +107,17 @@ def first_teacher(
     objective = config.objective
     if not isinstance(objective, SDTTObjectiveConfig) or peers.first(store.steps):
         return None
-    source = open_weights(objective.teacher, objective.teacher_weights, peers)
-    check_fits_run(train, source.description, f"data.train {config.data.train}")
+    try:
+        source = open_weights(objective.teacher, objective.teacher_weights, peers)
+        check_fits_run(train, source.description, f"data.train {config.data.train}")
+    except UserError as error:  # of all ranks
+        raise UserError(f"objective.teacher: {error}") from None
     problems = _model_differences(config, source.description)
     if problems:
         raise UserError(
-            f"the teacher {objective.teacher} is another model than the configuration's:\n  "
+            f"objective.teacher: {objective.teacher} is another model than the configuration's:\n  "
             + "\n  ".join(problems)
-            + "\n  give these values, or leave out the model and use `pgm-scale distill`"
+            + "\n  give these values, or leave them out: the model is the teacher's"
         )
     return source
 

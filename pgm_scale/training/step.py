@@ -80,7 +80,7 @@ def training_step(
     def micro_step(number: int, inputs: Any) -> MicroStep:
         def loss(result: Any) -> torch.Tensor:
             terms = objective.terms(result, inputs)
-            share = terms.loss_S.sum() / scored_tokens
+            share = terms.loss_S.sum() / max(scored_tokens, 1)  # a distillation's batch may mask nothing
             losses.append(share.detach().double())
             kept.append(terms)
             return share

@@ -151,11 +151,26 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         back(tmp_path / "folder", tmp_path / "none" / "out.ckpt", "pgm-text")
     with pytest.raises(UserError):
         back(tmp_path / "missing", tmp_path / "out.ckpt", "pgm-text")
+    with pytest.raises(UserError, match=r"a\.ckpt is there already"):
+        back(tmp_path / "folder", tmp_path / "a.ckpt", "pgm-text")
+    averaged = published.write_lightning(
+        tmp_path / "b.ckpt", published.pgm_text_state(), published.pgm_text_state(2)
+    )
+    convert(averaged, tmp_path / "averaged")
+    request = WriteRequest(str(tmp_path / "averaged"), str(tmp_path / "c.ckpt"), "pgm-text", "weight")
+    with pytest.raises(UserError, match="holds averaged weights only"):
+        write_published(request)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="not empty"):
         back(tmp_path / "folder", tmp_path / "full", "mdlm-hf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "folder", "full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.ckpt",
+        "averaged",
+        "b.ckpt",
+        "folder",
+        "full",
+    ]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,5 +86,18 @@ def test_lengths_are_read_where_they_are_numbers(said: dict[str, Any], length: i
     assert FORMATS["mdlm"].describe(shapes, said).length_tokens == length
 
 
+@pytest.mark.parametrize(("said", "dropout"), [({"dropout": 0.0}, 0.0), ({"dropout": 0}, 0.0), ({}, 0.1)])
+@pytest.mark.parametrize("name", ["mdlm", "pgm-text", "ar"])
+def test_no_dropout_is_no_dropout(name: str, said: dict[str, Any], dropout: float) -> None:
+    parameters: Any = {
+        "mdlm": published.mdlm_parameters,
+        "pgm-text": published.pgm_parameters,
+        "ar": published.ar_parameters,
+    }[name]
+    shapes = {key: tuple(shape) for key, shape in parameters()}
+    model: Any = FORMATS[name].describe(shapes, {"config": {"model": said}}).model
+    assert model.dropout == dropout
+
+
 def test_the_command_offers_all_formats() -> None:
     assert set(convert._FORMATS) == {*FORMATS, llamagen_vq.NAME}

@@ -73,7 +73,7 @@ def test_pgm_text_by_the_list_of_averages_and_raw(tmp_path: Path) -> None:
     assert description.tokenizer_sha256 == hashlib.sha256(tokenizer).hexdigest()
     assert any(line.startswith("parity: largest logit difference 0 ") for line in lines)
     parameters = sum(p.numel() for p in trained.model.parameters())
-    assert f"63 tensors, {parameters:,} parameters, ema weights" in lines[-1]
+    assert f"63 tensors, {parameters:,} parameters, averaged weights" in lines[-1]
     assert "step 50,000" in lines[-1]
 
 
@@ -349,6 +349,10 @@ def test_a_given_tokenizer(tmp_path: Path) -> None:
     published.fast_tokenizer().backend_tokenizer.save(str(given))
     trained, _ = convert(source, tmp_path / "out", tokenizer=str(given))
     assert trained.tokenizer_path.read_bytes() == given.read_bytes()
+    larger = published.fast_tokenizer()
+    larger.add_tokens([f"more{number}" for number in range(1000)])
+    larger.backend_tokenizer.save(str(given))
+    assert "give the one it was trained with" in refused(source, tokenizer=str(given))
     given.write_text("{}")
     assert "tokenizer.json" in refused(source, tokenizer=str(given))
     assert "cannot read" in refused(source, tokenizer=str(tmp_path / "none.json"))

@@ -16,6 +16,7 @@ from omegaconf import MISSING, OmegaConf
 
 from pgm_scale.convert import restricted_pickle
 from pgm_scale.convert.plain import plain, tokenizer_json
+from pgm_scale.convert.restricted_pickle import Record
 from pgm_scale.errors import UserError
 from tests.convert import published
 
@@ -90,6 +91,10 @@ def test_values_that_hold_themselves_or_grow() -> None:
         doubled = [doubled, doubled]
     with pytest.raises(UserError, match="too many"):
         plain(doubled)
+    made = Record("collections", "Counter", ())
+    made.items = [*[("a", 1)] * 10_000, None]
+    with pytest.raises(UserError, match="too many"):
+        plain([made] * 100)
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))

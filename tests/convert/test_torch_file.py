@@ -213,6 +213,7 @@ FORGED: dict[str, Callable[[], bytes]] = {
     "stride": lambda: tensor_pickle(size=(2,), stride=(HUGE,)),
     "dimensions": lambda: tensor_pickle(size=(1,) * 2000, stride=(1,) * 2000),
     "fractions": lambda: tensor_pickle(size=(1.5,)),
+    "integers of a thousand digits": lambda: tensor_pickle(size=(1 << 4000,), stride=(0,)),
     "no stride": lambda: tensor_pickle(stride=()),
     "other storage": lambda: tensor_pickle(key="1"),
     "a path as a key": lambda: tensor_pickle(key="../../../../etc/passwd"),

@@ -161,6 +161,14 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     task_file(
         folder, "tiny_bad_template", data, output_type="loglikelihood", doc_to_text="{{", doc_to_target="x"
     )
+    task_file(
+        folder,
+        "tiny_later_template",  # fits its first row, which is all that lm-eval looks at when it loads it
+        data,
+        output_type="loglikelihood",
+        doc_to_text="{{text if gold == 1 else nothing}}",
+        doc_to_target="x",
+    )
     task_file(folder, "tiny_no_data", tmp_path / "nowhere.jsonl", output_type="loglikelihood")
     return folder
 
@@ -199,6 +207,6 @@ def test_bad_tasks_are_one_line(folders: dict[str, str], tasks: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             check_benchmarks(settings)
         assert "\n" not in str(caught.value)
-    settings = BenchmarkSettings(["tiny_bad_template"], str(tasks))
-    with pytest.raises(UserError, match=r"lm-eval cannot"):
-        evaluate(EvaluationRequest(folders["pgm"], benchmarks=settings))
+    for name, message in (("tiny_bad_template", "lm-eval cannot"), ("tiny_later_template", "cannot run it")):
+        with pytest.raises(UserError, match=message):
+            evaluate(EvaluationRequest(folders["pgm"], benchmarks=BenchmarkSettings([name], str(tasks))))

@@ -129,6 +129,7 @@ def test_a_split_of_another_tokenizer_is_one_line(place: Path, tmp_path: Path) -
         ({"judge": "judge", "mauve": True, "splits": ["none"]}, "give --split FOLDER"),
         ({"samples_file": "x.npy"}, "--samples-file is scored by a judge"),
         ({"judge": "judge", "samples": 1}, "has no standard error"),
+        ({"self_bleu": True, "completions": CompletionSettings(prompts=1)}, "--prompts 1 has no spread"),
         ({"judge": "judge", "samples_file": "nowhere.npy"}, "cannot read --samples-file nowhere.npy"),
         ({"judge": "nowhere"}, "is no folder"),
         ({"step": 3, "splits": ["one"]}, "is the export of step 7"),

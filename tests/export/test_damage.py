@@ -155,12 +155,34 @@ def test_a_name_of_another_program(whole: Path) -> None:
             1 << 50,
             "is damaged: length_tokens: .* must be from 1 to 1048576",
         ),
-        (("description", "model", "surprise"), 1, "is damaged: .*surprise: unknown key"),
+        (
+            ("description", "model", "surprise"),
+            1,
+            "is damaged: .*surprise: unknown key.*the release that wrote",
+        ),
+        (("description", "model", "num_encoder_blocks"), 10**9, "is damaged: .* is more than 4096"),
+        (("description", "model", "hidden_size"), 1 << 62, "is damaged: model.hidden_size: .* is more than"),
+        (("description", "vocabulary", "size"), 1 << 62, "is damaged: vocabulary.size: .* is more than"),
+        (("description", "model", "dropout"), 10**400, "is damaged: .*dropout: expected float"),
     ],
 )
 def test_a_config_that_is_no_model(whole: Path, keys: tuple[str, ...], value: Any, message: str) -> None:
     edit_config(whole, *keys, value=value)
     refused(whole, message)
+
+
+def test_a_folder_of_another_release_says_which(whole: Path) -> None:
+    edit_config(whole, "pgm_scale_version", value="9.1")
+    pgm_scale.load(str(whole))
+    edit_config(whole, "description", "sampler", "new_setting", value=1)
+    refused(whole, r"\(of pgm-scale 9\.1\) is damaged: .*new_setting: unknown key")
+
+
+def test_a_grid_that_rows_do_not_fill(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", "image_pgm")
+    export_run(str(run), ExportRequest(str(tmp_path / "m")), lambda _: None)
+    edit_config(tmp_path / "m", "description", "images", "grid_side", value=10**9)
+    refused(tmp_path / "m", "is not BOS and a grid of 1000000000 a side")
 
 
 def test_a_config_that_asks_for_too_much_takes_no_memory(whole: Path) -> None:
@@ -170,7 +192,7 @@ def test_a_config_that_asks_for_too_much_takes_no_memory(whole: Path) -> None:
         pgm_scale.load(str(whole))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\x00", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\x00", "{}", "[" * 100_000])
 def test_a_config_that_is_no_json(whole: Path, text: str) -> None:
     (whole / CONFIG_NAME).write_text(text)
     refused(whole, r"cannot read .*config\.json|is not of an exported model")
@@ -179,5 +201,5 @@ def test_a_config_that_is_no_json(whole: Path, text: str) -> None:
 def test_steps_and_weights_that_it_has_not(whole: Path) -> None:
     assert pgm_scale.load(str(whole), step=STEP).description.origin.step == STEP
     refused(whole, f"is the export of step {STEP}; leave out the step", step=1)
-    refused(whole, "holds ema weights only", weights="weight")
+    refused(whole, "holds averaged weights only", weights="weight")
     refused(whole / "nowhere", "is not a run folder")

@@ -146,6 +146,8 @@ def test_a_pgm_predicts_each_position_from_the_other_group(
                 torch.testing.assert_close(logits[row, queries], trained.model(inputs), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="group_ids are"):
         model(ids_BL, group_ids=torch.zeros(3, 2), class_ids=classes)
+    with pytest.raises(UserError, match="0 or 1"):
+        model(ids_BL, group_ids=torch.full_like(ids_BL, 2), class_ids=classes)
 
 
 def test_classes_and_noise_levels_are_asked_for(exported: dict[str, tuple[TrainedModel, Path]]) -> None:

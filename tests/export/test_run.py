@@ -1,17 +1,20 @@
 """`pgm-scale export`: the folder is the run's model, whatever is asked of it, or there is no folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import pgm_scale
+from pgm_scale.checkpoint import CheckpointStore
 from pgm_scale.cli import main
 from pgm_scale.cli.export import size_bytes
 from pgm_scale.errors import UserError
@@ -205,6 +208,34 @@ def test_a_failed_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_as_safetensors_tells_it(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(folder_writer, "save_file", fail)
+    with pytest.raises(UserError, match=r"cannot write .*: I/O error: No space left on device; choose"):
+        export_run(str(runs["ar"]), ExportRequest(str(tmp_path / "m")), lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_training_removes_meanwhile(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(runs["ar"], tmp_path / "run"))
+    read = CheckpointStore.read_full
+
+    def read_and_lose(store: CheckpointStore, step: int, kind: Any) -> Any:
+        tensors = read(store, step, kind)
+        shutil.rmtree(store.folders.of(step))
+        return tensors
+
+    monkeypatch.setattr(CheckpointStore, "read_full", read_and_lose)
+    with pytest.raises(UserError, match="No such file or directory; use one of the steps"):
+        export_run(str(run), ExportRequest(str(tmp_path / "m")), lambda _: None)
+
+
 def test_logits_that_differ_are_not_exported(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +297,14 @@ def test_a_distilled_run_does_not_tell_where_its_teacher_is(tmp_path: Path) -> N
         "round_steps": 6,
     }
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    identity = json.loads((run / "run.json").read_text())
+    teacher = {"run_id": "ab12", "step": 7, "weights": "ema", "checkpoint_sha256": "cd34"}
+    identity["distilled_from"] = {"source": "the first teacher", **teacher}
+    (run / "run.json").write_text(json.dumps(identity))
     export_run(str(run), ExportRequest(str(tmp_path / "m")), lambda _: None)
     texts = [path.read_text(errors="replace") for path in (tmp_path / "m").iterdir()]
     assert any("| objective.kind | sdtt |" in text for text in texts)
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "trained by pgm-scale with the objective sdtt." in card
+    assert "| distilled from | the first teacher |\n| teacher's SHA-256 | cd34 |" in card
     assert not any("/hidden" in text for text in texts)

@@ -102,6 +102,29 @@ def test_every_objective_has_the_unit_of_its_loss(panels, kind):
     assert unit == {"vq": "loss", "sdtt": "tvd"}.get(kind, "nats per token")
 
 
+def test_losses_of_different_units_have_panels_of_their_own(tmp_path):
+    kinds = ("pgm", "sdtt", "autoregressive")
+    runs = open_runs(
+        [
+            write_run(tmp_path / kind, [record(1)], objective__kind=kind, objective__divergence="tvd")
+            for kind in kinds
+        ]
+    )
+    found = {panel.key: panel for panel in training_panels(runs)}
+    assert "training_loss" not in found
+    nats, divergence = found["training_loss_nats_per_token"], found["training_loss_tvd"]
+    assert [(line.label, line.color) for line in nats.lines] == [("pgm", 0), ("autoregressive", 2)]
+    assert [(line.label, line.color) for line in divergence.lines] == [("sdtt", 1)]
+    assert (nats.title, nats.y_axis.label) == ("Training loss, nats per token", "nats per token")
+    assert divergence.y_axis.label == "tvd"
+
+
+def test_one_mask_fraction_is_no_curve(panels):
+    runs = [[record(1, cross_entropy_by_mask_fraction=means)] for means in ([3.0, None], [3.0, 4.0])]
+    (line,) = panels(*runs)["cross_entropy_by_mask_fraction"].lines
+    assert (line.label, line.color) == ("run1", 1)
+
+
 def test_runs_share_a_panel_each_in_its_colour(panels):
     found = panels([record(1)], [record(1, loss_mean=None, mfu=0.1)], [record(1)])
     assert [line.color for line in found["training_loss"].lines] == [0, 2]

@@ -198,7 +198,7 @@ HOSTILE: list[tuple[int, bytes]] = [
     (422, b'{"seed": 99999999999999999999999999}'),
     (422, b'{"max_tokens": 0}'),
     (422, b'{"max_tokens": -5}'),
-    (422, b'{"max_tokens": null}'),
+    (422, b'{"stream_options": {"include_usage": 1}}'),
     (422, b'{"steps": 0}'),
     (422, b'{"steps": 100000}'),
     (422, b'{"stream": "yes"}'),
@@ -251,9 +251,11 @@ async def test_hostile_bodies_get_one_message_and_never_a_traceback(tmp_path: Pa
             {"segments": [{"hole": 0}]},
             {"template": "{99999999999999999999}"},
             {"template": "{0}"},
+            {"template": "\ud800 {4}"},
+            {"segments": [{"text": "\udfff"}, {"hole": 4}]},
         ]
         for body in bodies:
-            response = await client.post("/v1/infill", json=body)
+            response = await client.post("/v1/infill", content=json.dumps(body))
             assert response.status_code in (400, 422), (body, response.text)
             assert response.json()["error"]["message"]
         assert (await client.post("/v1/images", json={})).status_code == 400
@@ -261,6 +263,73 @@ async def test_hostile_bodies_get_one_message_and_never_a_traceback(tmp_path: Pa
         assert (await client.get("/v1/completions")).json()["error"]["type"] == "invalid_request_error"
         assert (await client.get("/docs")).status_code == 404
         assert (await complete(client, prompt="still"))["choices"]
+
+
+async def test_null_leaves_a_field_out(tmp_path: Path) -> None:
+    async with client_of(text_service(tmp_path)) as client:
+        nulls = dict.fromkeys(
+            ("prompt", "max_tokens", "n", "stop", "stream", "echo", "stream_options", "model")
+        )
+        assert texts(await complete(client, seed=3, **nulls)) == texts(await complete(client, seed=3))
+
+
+async def test_a_stream_ends_with_its_usage_if_asked(tmp_path: Path) -> None:
+    body = {"prompt": ["a", "bc"], "n": 2, "seed": 3, "max_tokens": 9}
+    async with client_of(text_service(tmp_path)) as client:
+        whole = await complete(client, **body)
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = events_of((await client.post("/v1/completions", json=body | options)).text)
+    assert last["choices"] == []
+    assert last["usage"] == whole["usage"]
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+async def test_an_mdlm_decodes_its_full_length(tmp_path: Path) -> None:
+    """As it was trained; what is behind the answer is decoded, too, and left out."""
+    service = text_service(tmp_path, "mdlm")
+    known_BL = known_prefixes([TOKENIZER.encode("hey").ids], LENGTH, VOCABULARY.bos_id)
+    tokens_BL = sample(
+        service.model,
+        VOCABULARY,
+        LENGTH,
+        service.sampler,
+        known_BL=known_BL,
+        seed=11,
+        batch_sequences=1,
+        device="cpu",
+    ).tokens_BL
+    async with client_of(service) as client:
+        infilled = await client.post("/v1/infill", json={"template": "hey{4}", "seed": 11})
+    assert infilled.json()["choices"][0]["holes"] == [TOKENIZER.decode(tokens_BL[0, 4:8].tolist())]
+
+
+async def post_to_slow_reader(client: httpx.AsyncClient, body: dict[str, Any], send_s: float) -> bytes:
+    """What a client has got that takes so long for every part of a stream, and never leaves."""
+    transport: Any = client._transport
+    content, got = json.dumps(body).encode(), bytearray()
+    unread = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        return unread.pop() if unread else await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(send_s)
+        got.extend(message.get("body", b""))
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await asyncio.wait_for(transport.app(scope, receive, send), 30)
+    return bytes(got)
+
+
+async def test_a_stream_that_nobody_reads_ends(tmp_path: Path) -> None:
+    service = text_service(tmp_path, timeout_s=0.5)
+    body = {"prompt": "a", "max_tokens": 20, "steps": 20, "stream": True, "seed": 2}
+    async with client_of(service) as client:
+        # Past the deadline, but never still: it gets all that was decoded in time.
+        assert (await post_to_slow_reader(client, body, 0.1)).endswith(b"[DONE]\n\n")
+        assert service.metrics.registry.get_sample_value("pgm_scale_disconnects_total") == 0
+        assert await post_to_slow_reader(client, body, 3600) == b""
+        assert service.engine.active_sequences == service.engine.queued_sequences == 0
 
 
 async def test_a_full_queue_is_429_and_a_late_answer_503(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Distillations through the real engine: rounds, hand-over, resumes at any step, and every kind of layout."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from pgm_scale import config as configuration
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.errors import UserError
@@ -14,7 +17,9 @@ from pgm_scale.export import write_model_folder
 from pgm_scale.loading import load
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.run_folder import RunFolder
+from pgm_scale.training.teacher_model import fill_in_model
 from tests.distributed import run_ranks
+from tests.parallel.persistence import partition_everything
 from tests.tiny_data import tiny_config, write_tiny_data
 from tests.training.test_runs import _assert_bitwise, _differences, _records, _state, _train
 
@@ -160,6 +165,40 @@ def test_every_layout_is_the_same_distillation(
             assert difference < 1e-4, (name, kind_of, parameter)
 
 
+def _train_partitioned(mesh: Mesh, config: RunConfig) -> None:
+    partition_everything()
+    _train(mesh, config)
+
+
+@pytest.mark.parametrize("kind", ["pgm", "mdlm"])
+def test_zero_3_ranks_ask_for_different_numbers_of_tokens(
+    data: Path, teachers: Path, tmp_path: Path, kind: str
+) -> None:
+    """Of one sequence each, of which the teacher's first step often opens none: all gather the same weights."""
+    sizes = {"micro_batch_sequences": 1, "global_batch_sequences": 4}
+    alone, zero_3 = (
+        distillation(data, teachers, tmp_path / name, kind, training=sizes, parallel=layout)
+        for name, layout in (("alone", {}), ("ZeRO-3", {"zero_stage": 3, "timeout_s": 60}))
+    )
+    run_ranks(1, _train_all, [alone])
+    run_ranks(2, _train_partitioned, zero_3)
+    np.testing.assert_allclose(losses(tmp_path / "ZeRO-3"), losses(tmp_path / "alone"), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_may_mask_nothing(data: Path, teachers: Path, tmp_path: Path) -> None:
+    config = distillation(
+        data,
+        teachers,
+        tmp_path / "run",
+        objective={"minimum_time": 0.0, "sampling_steps": 1 << 10, "round_steps": 10},
+        training={"steps": 60, "micro_batch_sequences": 1, "global_batch_sequences": 1},
+        validation={"interval_steps": 60},
+        checkpoint={"interval_steps": 60},
+    )
+    run_ranks(1, _train_all, [config])
+    assert 0.0 in losses(tmp_path / "run")
+
+
 def test_layouts_change_at_every_resume(data: Path, teachers: Path, tmp_path: Path) -> None:
     """One process, then tensor and pipeline parallel, then ZeRO-3, each resumed inside a round."""
     straight = distillation(data, teachers, tmp_path / "straight")
@@ -205,6 +244,7 @@ def _refused(mesh: Mesh, config: RunConfig) -> str:
 def test_another_model_is_refused_before_a_run_begins(data: Path, teachers: Path, tmp_path: Path) -> None:
     config = distillation(data, teachers, tmp_path / "run", model={"hidden_size": 32})
     message = run_ranks(1, _refused, config)
+    assert message.startswith("objective.teacher: ")
     assert "model.hidden_size: the teacher has 16, now it is 32" in message
     assert not (tmp_path / "run" / "run.json").exists()
 
@@ -222,3 +262,32 @@ def test_a_lost_teacher_is_named_and_the_first_one_is_not_missed(
     message = run_ranks(1, _refused, third)
     assert "lost the checkpoint of step 3" in message
     assert json.loads((tmp_path / "run" / "run.json").read_text())["distilled_from"]["step"] == 6
+
+
+def test_the_model_is_the_teachers_but_for_what_is_given(data: Path, teachers: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    tree = configuration.to_mapping(distillation(data, teachers, tmp_path / "run", "mdlm"))
+    del tree["model"]
+    path.write_text(yaml.safe_dump(tree))
+    config = configuration.load(path, ["model.dropout=0.25"], complete=fill_in_model)
+    theirs = configuration.to_mapping(RunFolder(teachers / "mdlm").config().model)
+    assert configuration.to_mapping(config.model) == theirs | {"dropout": 0.25}
+    for teacher, problem in (
+        ("nowhere", "is neither a run nor an exported folder"),
+        ("s3://a/b", "copy the"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            configuration.load(path, [f"objective.teacher={teacher}"], complete=fill_in_model)
+    given = ["objective.teacher=nowhere", "model.size=mdlm-12-768"]
+    model = configuration.load(path, given, complete=fill_in_model).model
+    assert configuration.to_mapping(model)["hidden_size"] == 768
+
+
+@pytest.mark.parametrize(("rounds", "fits"), [(4, True), (5, False), (10**9, False)])
+def test_sampling_steps_are_halved_in_every_round(
+    data: Path, teachers: Path, tmp_path: Path, rounds: int, fits: bool
+) -> None:
+    config = distillation(data, teachers, tmp_path / "run")  # of 16 sampling steps
+    training = dataclasses.replace(config.training, steps=rounds * ROUND)
+    problems = configuration.inconsistencies(dataclasses.replace(config, training=training))
+    assert fits == (not any("cannot be halved" in problem for problem in problems))

@@ -11,18 +11,18 @@ from pgm_scale.config import (
     ModelConfig,
     SamplerConfig,
 )
-from pgm_scale.convert.checkpoint import HyperParameters, found
+from pgm_scale.convert.checkpoint import HyperParameters
 from pgm_scale.convert.formats.base import (
-    DROPOUT,
     PREFIX,
-    TEXT_LENGTH_TOKENS,
     Contents,
     Format,
     Shapes,
+    dropout,
     numbered,
     rotary_heads,
     rotary_key,
     shape_of,
+    text_length_tokens,
     text_vocabulary,
 )
 from pgm_scale.trained_model import ModelDescription
@@ -34,14 +34,14 @@ def _describe(shapes: Shapes, hyper_parameters: HyperParameters) -> Contents:
         hidden_size=hidden_size,
         num_heads=rotary_heads(shapes, hidden_size),
         num_blocks=numbered(shapes, "blocks."),
-        dropout=found(hyper_parameters, ("dropout",), float) or DROPOUT,
+        dropout=dropout(hyper_parameters),
     )
     return Contents(
         model,
         AutoregressiveObjectiveConfig(),
         SamplerConfig(kind="autoregressive"),
         text_vocabulary(vocab_size),
-        found(hyper_parameters, ("length", "model_length"), int) or TEXT_LENGTH_TOKENS,
+        text_length_tokens(hyper_parameters),
     )
 
 

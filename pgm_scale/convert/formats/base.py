@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pgm_scale.config import ModelConfig, ObjectiveConfig, SamplerConfig
-from pgm_scale.convert.checkpoint import HyperParameters, Layout
+from pgm_scale.convert.checkpoint import HyperParameters, Layout, found
 from pgm_scale.data.manifest import ImageContent, Vocabulary
 from pgm_scale.errors import UserError
 from pgm_scale.models.layers import FREQUENCY_BASE
@@ -18,8 +18,8 @@ from pgm_scale.trained_model import ModelDescription
 
 Shapes = Mapping[str, tuple[int, ...]]  # by keys without prefix
 HEAD_SIZE = 64  # of all published models but a few, which say so
-TEXT_LENGTH_TOKENS = 1024
-DROPOUT = 0.1
+_TEXT_LENGTH_TOKENS = 1024
+_DROPOUT = 0.1
 _WRAPPERS = {"_orig_mod", "module"}  # which torch.compile and DistributedDataParallel put around a model
 PREFIX = "backbone."
 
@@ -130,6 +130,15 @@ def inverse_frequencies(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def rotary_key(after: str) -> DerivedKey:
     return DerivedKey("rotary_emb.inv_freq", after, inverse_frequencies, tolerance=1e-5)
+
+
+def dropout(hyper_parameters: HyperParameters) -> float:
+    said: float | None = found(hyper_parameters, ("dropout",), float)
+    return _DROPOUT if said is None else said
+
+
+def text_length_tokens(hyper_parameters: HyperParameters) -> int:
+    return found(hyper_parameters, ("length", "model_length"), int) or _TEXT_LENGTH_TOKENS
 
 
 def text_vocabulary(size: int) -> Vocabulary:

@@ -6,7 +6,6 @@ on the way out (FACTS 9).
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from pgm_scale.convert.checkpoint import ForeignCheckpoint
 from pgm_scale.errors import UserError
-from pgm_scale.files import temporary_name
+from pgm_scale.export.folder import new_folder
 from pgm_scale.trained_model import Weights
 from pgm_scale.vq_tokenizer import VQTokenizer
 
@@ -37,16 +36,8 @@ def import_vq(
     if weights == "ema" and checkpoint.average_by_key is not None:
         tensors = checkpoint.average_by_key
     vq = VQTokenizer.of_tensors(tensors, checkpoint.path)
-    staged = temporary_name(Path(output.absolute()))
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
+    with new_folder(output) as staged:
         vq.save(staged)
-        staged.rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; choose another place") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return vq
 
 

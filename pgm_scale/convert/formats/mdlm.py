@@ -9,16 +9,16 @@ from __future__ import annotations
 from pgm_scale.config import DiffusionTransformerConfig, MDLMObjectiveConfig, ModelConfig, SamplerConfig
 from pgm_scale.convert.checkpoint import HyperParameters, found
 from pgm_scale.convert.formats.base import (
-    DROPOUT,
     PREFIX,
-    TEXT_LENGTH_TOKENS,
     Contents,
     Format,
     Shapes,
+    dropout,
     numbered,
     rotary_heads,
     rotary_key,
     shape_of,
+    text_length_tokens,
     text_vocabulary,
 )
 from pgm_scale.trained_model import ModelDescription
@@ -32,7 +32,7 @@ def _describe(shapes: Shapes, hyper_parameters: HyperParameters) -> Contents:
         num_heads=rotary_heads(shapes, hidden_size),
         num_blocks=numbered(shapes, "blocks."),
         condition_size=shape_of(shapes, "sigma_map.mlp.2.weight", 2)[0],
-        dropout=found(hyper_parameters, ("dropout",), float) or DROPOUT,
+        dropout=dropout(hyper_parameters),
         time_conditioned=bool(is_time_conditioned),
     )
     return Contents(
@@ -40,7 +40,7 @@ def _describe(shapes: Shapes, hyper_parameters: HyperParameters) -> Contents:
         MDLMObjectiveConfig(),
         SamplerConfig(kind="ancestral_cached"),
         text_vocabulary(vocab_size),
-        found(hyper_parameters, ("length", "model_length"), int) or TEXT_LENGTH_TOKENS,
+        text_length_tokens(hyper_parameters),
     )
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from pgm_scale.config import ModelConfig, PartitionTransformerConfig, PGMObjectiveConfig, SamplerConfig
 from pgm_scale.convert.checkpoint import HyperParameters, found
 from pgm_scale.convert.formats.base import (
-    DROPOUT,
     PREFIX,
-    TEXT_LENGTH_TOKENS,
     Contents,
     Format,
     Shapes,
+    dropout,
     numbered,
     rotary_heads,
     rotary_key,
     shape_of,
+    text_length_tokens,
     text_vocabulary,
 )
 from pgm_scale.trained_model import ModelDescription
@@ -38,7 +38,7 @@ def partition_config(
         num_encoder_blocks=numbered(shapes, "encoder.blocks."),
         num_decoder_blocks=numbered(shapes, "decoder.layers."),
         condition_size=condition_size,
-        dropout=found(hyper_parameters, ("dropout",), float) or DROPOUT,
+        dropout=dropout(hyper_parameters),
         group_swap_query=found(hyper_parameters, QUERY_NAMES, str) or "learn+freqs",
         group_swap_processor="mlp4" if has_mlp else "linear",
         num_classes=num_classes,
@@ -54,7 +54,7 @@ def _describe(shapes: Shapes, hyper_parameters: HyperParameters) -> Contents:
         PGMObjectiveConfig(form="published"),
         SamplerConfig(),
         text_vocabulary(vocab_size),
-        found(hyper_parameters, ("length", "model_length"), int) or TEXT_LENGTH_TOKENS,
+        text_length_tokens(hyper_parameters),
     )
 
 
