@@ -1,6 +1,7 @@
-"""`make demo-distill`: the demo's PGM distilled in five rounds, judged by a small AR model, exported and drawn.
+"""`make demo-distill`: a small PGM distilled in five rounds, judged by a small AR model, exported and drawn.
 
-It needs what `make demo` leaves (the data and the teacher) and makes it if it is not there.
+The text is that of `make demo` in pieces of a few letters (512 of them): tokens depend on their neighbours, as
+those of a large model of long texts do. A teacher whose tokens hardly do leaves nothing to distil (ops/bench/LOG.md).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pgm_scale import config as configuration
 from pgm_scale.reporting.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER, FOLDER = Path(".demo/run"), Path(".demo-distill")
-STUDENT, JUDGE = FOLDER / "student", FOLDER / "judge"
+FOLDER = Path(".demo-distill")
+TEACHER, STUDENT, JUDGE = (FOLDER / name for name in ("teacher", "student", "judge"))
 CONFIG = Path("configs/demo_sdtt.yaml")
 STEPS = (4, 8, 16, 64)  # of sampling, at which both are judged
 PROMISED_STEPS, MOST_ENTROPY_LOST = 8, 0.15
@@ -32,9 +33,8 @@ def main() -> int:
     started_s = time.monotonic()
     os.chdir(ROOT)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    if not TEACHER.exists():
-        run_command("prepare", "python-docs", "--format", "tar", "--output", ".demo/data")
-        run_command("train", "configs/demo.yaml", "training.steps=2500")
+    run_command("prepare", "python-docs", "--tokenizer", "train:bpe:512", "--output", str(FOLDER / "data"))
+    run_command("train", "configs/demo_teacher.yaml")
     run_command("train", "configs/demo_judge.yaml")
     run_command("distill", str(CONFIG))
     run_command("export", str(STUDENT), "--out", str(FOLDER / "exported"))

@@ -37,6 +37,13 @@ class Origin:
         """For people."""
         return {"ema": "averaged", "weight": "raw"}[self.weights]
 
+    @property
+    def summary(self) -> str:
+        """For people: which weights of what."""
+        return f"the {self.weights_name} weights of {self.source}" + (
+            "" if self.step is None else f", step {self.step}"
+        )
+
 
 @dataclass(frozen=True)
 class ModelDescription:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def sample_run(folder: str, request: SampleRequest) -> SampleResult:
-    """Generate from a run's newest good checkpoint or an exported model, print or write the samples, and say how fast it was."""
+    """Generate from a run's newest good checkpoint or an exported model, and print or write what comes of it."""
     job_type = _job_type(folder, request)
     job_type.check(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +46,7 @@ def sample_run(folder: str, request: SampleRequest) -> SampleResult:
     samples, origin = len(result.tokens_BL), run.description.origin
     where = f", in {request.output_path}" if request.output_path else ""
     print(
-        f"{samples} sample(s) from step {origin.step} ({origin.weights} weights){where}: "
+        f"{samples} sample(s) from {origin.summary}{where}: "
         f"{result.tokens_per_second:,.0f} tokens/s, {samples / result.elapsed_s:,.2f} samples/s, "
         f"{result.forward_passes} forward passes",
         file=sys.stderr,
