@@ -1,7 +1,8 @@
 """`make demo-distill`: a small PGM distilled in five rounds, judged by a small AR model, exported and drawn.
 
 The text is that of `make demo` in pieces of a few letters (512 of them): tokens depend on their neighbours, as
-those of a large model of long texts do. A teacher whose tokens hardly do leaves nothing to distil (ops/bench/LOG.md).
+those of a large model of long texts do. A teacher whose tokens hardly do leaves nothing to distil: see
+ops/bench/LOG.md.
 """
 
 from __future__ import annotations
