@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from pgm_scale.cli.arguments import add_weights_argument
+
 _FORMATS = ("pgm-text", "pgm-image", "maskgit", "mdlm", "mdlm-hf", "ar", "sdtt", "llamagen-vq")
 
 
@@ -31,12 +33,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="format of SOURCE (default: told by its content)",
     )
     direction.add_argument("--to", dest="target_format", choices=_FORMATS, help="published format to write")
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "raw"),
-        default="ema",
-        help="averaged, where there are any, or raw weights (default ema)",
-    )
+    add_weights_argument(parser)
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
@@ -61,16 +58,14 @@ def _convert(options: argparse.Namespace) -> None:
     from pgm_scale.convert.exporting import WriteRequest, write_published
     from pgm_scale.convert.importing import ImportRequest, import_checkpoint
     from pgm_scale.errors import UserError
-    from pgm_scale.trained_model import Weights
 
-    weights: Weights = "ema" if options.weights == "ema" else "weight"
     if options.target_format is None:
         import_checkpoint(
             ImportRequest(
                 options.source,
                 options.out,
                 options.source_format,
-                weights,
+                options.weights,
                 options.tokenizer,
                 options.settings,
                 options.strict,
@@ -79,4 +74,4 @@ def _convert(options: argparse.Namespace) -> None:
         return
     if options.tokenizer or options.settings or not options.strict:
         raise UserError("--tokenizer, --set and --no-strict are for reading; leave them out with --to")
-    write_published(WriteRequest(options.source, options.out, options.target_format, weights))
+    write_published(WriteRequest(options.source, options.out, options.target_format, options.weights))

@@ -100,7 +100,7 @@ def _averaged(
     if len(average) != len(shapes):
         raise UserError(
             f"{checkpoint.path}: ema.shadow_params has {len(average)} tensors, the model {len(shapes)} parameters; "
-            "take the raw weights (--weights raw)"
+            "take the raw weights (--weights weight)"
         )
     pairs = list(zip(shapes.items(), average, strict=True))
     problems = [

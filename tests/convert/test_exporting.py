@@ -178,7 +178,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     folder, output = str(tmp_path / "folder"), tmp_path / "b.ckpt"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        arguments = ["--weights", "raw", "--set", "sampler.steps=7", "--from", "mdlm"]
+        arguments = ["--weights", "weight", "--set", "sampler.steps=7", "--from", "mdlm"]
         assert main(["convert", str(source), "--out", folder, *arguments]) == 0
         assert "parity: largest logit difference 0 " in capsys.readouterr().out
         assert pgm_scale.load(folder).description.sampler.steps == 7

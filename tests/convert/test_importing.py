@@ -260,7 +260,7 @@ def test_averages_that_do_not_fit_the_order(tmp_path: Path) -> None:
     del average["output_layer.norm_final.weight"]
     source = published.write_lightning(tmp_path / "short.ckpt", state, average)
     assert "has 62 tensors, the model 63" in refused(source)
-    assert "--weights raw" in refused(source)
+    assert "--weights weight" in refused(source)
     first = {name: average[name] for name in list(average)[2:3]}
     swapped = first | {"output_layer.norm_final.weight": torch.ones(128)} | average
     source = published.write_lightning(tmp_path / "swapped.ckpt", state, swapped)
