@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pgm_scale import config as configuration
 from pgm_scale.config.parsing import apply_override
+from pgm_scale.convert.checkpoint import HyperParameters
 from pgm_scale.convert.formats.base import Contents
 from pgm_scale.convert.tokenizers import Companion
 from pgm_scale.errors import UserError
@@ -15,12 +16,29 @@ from pgm_scale.model_folder import grid_problems, read_tree
 from pgm_scale.trained_model import ModelDescription, Origin
 
 _SETTABLE = ("model", "objective", "sampler", "vocabulary", "length_tokens", "images")
+# Files that we write say what published ones do not, under a key of their own beside the published ones.
+_OWN_KEY = "pgm_scale"
+_OWN = ("objective", "sampler", "vocabulary", "length_tokens")
+
+
+def own_words(description: ModelDescription) -> HyperParameters:
+    """What our files say besides the published hyper-parameters, as plain values."""
+    tree = configuration.to_mapping(description)
+    return {_OWN_KEY: {key: tree[key] for key in _OWN}}
 
 
 def describe(
-    contents: Contents, origin: Origin, given: Companion, settings: Sequence[str]
+    contents: Contents,
+    hyper_parameters: HyperParameters,
+    origin: Origin,
+    given: Companion,
+    settings: Sequence[str],
 ) -> ModelDescription:
-    """Raises: UserError: all settings that are unknown, of a wrong type, or do not go together."""
+    """Of what the format knows, over it what a file of ours says, and over that the settings.
+
+    Raises:
+        UserError: all settings that are unknown, of a wrong type, or do not go together.
+    """
     description = ModelDescription(
         contents.model,
         contents.objective,
@@ -32,6 +50,9 @@ def describe(
         origin,
     )
     tree, problems = configuration.to_mapping(description), list[str]()
+    own = hyper_parameters.get(_OWN_KEY)
+    if isinstance(own, Mapping):
+        tree |= {key: own[key] for key in _OWN if key in own}
     for setting in settings:
         if setting.partition("=")[0].split(".")[0] in _SETTABLE:
             apply_override(tree, setting, problems)

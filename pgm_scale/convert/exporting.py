@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pgm_scale.convert.checkpoint import ForeignCheckpoint
+from pgm_scale.convert.describing import own_words
 from pgm_scale.convert.formats import FORMATS, Format, llamagen_vq
 from pgm_scale.convert.keys import published_tensors
 from pgm_scale.convert.layouts import read_checkpoint, weights_path_of, write_checkpoint
@@ -90,7 +91,7 @@ def _checkpoint(request: WriteRequest, table_of: Format, output: Path) -> tuple[
         output,
         weights_path_of(table_of.layout, output),
         published_tensors(table_of, trained.model, dict(trained.model.named_parameters())),
-        hyper_parameters=table_of.hyper_parameters(description),
+        hyper_parameters={**table_of.hyper_parameters(description), **own_words(description)},
         step=description.origin.step,
     )
     if table_of.layout != "lightning":

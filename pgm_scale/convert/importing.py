@@ -76,7 +76,7 @@ def import_checkpoint(request: ImportRequest, say: Callable[[str], None] = print
     contents = _contents(checkpoint, table_of)
     with tempfile.TemporaryDirectory() as beside:
         given = companion(request.tokenizer, checkpoint, contents.images is not None, Path(beside))
-        description = describe(contents, origin, given, request.settings)
+        description = describe(contents, checkpoint.hyper_parameters, origin, given, request.settings)
         weights, unknown = weights_by_name(
             checkpoint, table_of, _on_meta(description), use_average, request.strict
         )
@@ -94,6 +94,11 @@ def import_checkpoint(request: ImportRequest, say: Callable[[str], None] = print
     say(
         f"{output}: {len(weights)} tensors, {count:,} parameters, {origin.weights_name} weights of {origin.source}"
         f"{_step(checkpoint)}, SHA-256 {sha256}"
+    )
+    vocabulary = description.vocabulary
+    say(
+        f"length {description.length_tokens}, mask {vocabulary.mask_id}, BOS {vocabulary.bos_id}, EOS "
+        f"{vocabulary.eos_id}; if the model was trained with others, convert again with --set"
     )
     if given.name is None:
         say("there is no tokenizer in it; give one with --tokenizer to sample from the folder")

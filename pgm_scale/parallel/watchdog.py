@@ -30,7 +30,15 @@ from pgm_scale.checkpoint.lock import Holder
 from pgm_scale.errors import HungRankError, UserError
 from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, describe, find_culprits
 from pgm_scale.parallel.launch import Launch
-from pgm_scale.parallel.processes import can_be_ended, end, raised_at, silence, stack_of
+from pgm_scale.parallel.processes import (
+    calls_of,
+    can_be_ended,
+    end,
+    raised_at,
+    silence,
+    stack_of,
+    thread_state,
+)
 from pgm_scale.parallel.rendezvous import (
     Member,
     member,
@@ -82,7 +90,7 @@ class Watchdog:
         self._interval_s = min(max(1.0, launch.world_size / 256), timeout_s / 5)
         self._silent_s = _SILENT_BEATS * self._interval_s
         self._process = Holder.here()
-        self._thread = threading.get_ident()
+        self._thread, self._thread_state = threading.get_ident(), thread_state()
         self._progress = self._warned = (0, 0, "start")  # now, and when a long phase was last warned of
         self._number = 0
         self._ended, self._failed = "", False
@@ -319,7 +327,7 @@ class Watchdog:
     def _beat(self) -> Beat:
         self._number += 1
         step, count, phase = self._progress
-        stack, waits = stack_of(self._thread)
+        stack, waits = self._stack()
         return Beat(
             self._launch.rank,
             self._process,
@@ -332,6 +340,13 @@ class Watchdog:
             self._failed,
             self._raised_at or stack,
         )
+
+    def _stack(self) -> tuple[tuple[str, ...], bool]:
+        """Of all threads only once the run seems to hang (`processes.calls_of` says why)."""
+        seems_well = not (self._broken or self._run_broken) and self._still_s < self._timeout_s / 4
+        if seems_well and self._thread_state is not None:
+            return calls_of(self._thread_state)
+        return stack_of(self._thread)
 
     def _observe(self, store: dist.Store) -> None:
         """Listen to all ranks for some beats, then judge."""

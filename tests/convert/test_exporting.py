@@ -104,7 +104,8 @@ def test_hugging_face_folders(tmp_path: Path, name: str, config: dict[str, Any])
     assert_same(OrderedDict((key, found[key]) for key in state), state)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     if name == "mdlm-hf":
-        assert written == {key: config[key] for key in config if key not in ("architectures", "auto_map")}
+        published_keys = {key: config[key] for key in config if key not in ("architectures", "auto_map")}
+        assert {key: value for key, value in written.items() if key != "pgm_scale"} == published_keys
     else:
         assert all(
             written["model"][key] == config["model"][key]
@@ -171,6 +172,20 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         "folder",
         "full",
     ]
+
+
+def test_what_published_files_do_not_say_comes_back(tmp_path: Path) -> None:
+    source = published.write_lightning(tmp_path / "a.ckpt", published.mdlm_state(), published.mdlm_state(2))
+    settings = ["vocabulary.bos_id=3", "vocabulary.eos_id=4", "sampler.steps=7", "length_tokens=9"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    first, second, written = tmp_path / "first", tmp_path / "second", tmp_path / "b.ckpt"
+    assert main(["convert", str(source), "--out", str(first), *arguments]) == 0
+    assert main(["convert", str(first), "--to", "mdlm", "--out", str(written)]) == 0
+    assert main(["convert", str(written), "--out", str(second)]) == 0
+    before, after = (pgm_scale.load(str(folder)).description for folder in (first, second))
+    assert (after.vocabulary.bos_id, after.vocabulary.eos_id, after.length_tokens) == (3, 4, 9)
+    assert after.sampler == before.sampler
+    assert after.objective == before.objective
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
