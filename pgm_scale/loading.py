@@ -37,6 +37,8 @@ def load(
         UserError: neither of them, a damaged one, a step or raw weights asked of an exported folder, or logits that
             int8 changes by more than `INT8_BOUND`.
     """
+    if not Path(folder).exists():
+        raise UserError(f"{folder}: no such folder; give the folder of a run or of an exported model")
     if is_model_folder(folder):
         trained = load_folder(folder, device=device, dtype=dtype)
         _check_origin(folder, trained, step, weights)

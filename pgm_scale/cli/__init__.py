@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from data_prep import cli as preparation
 from pgm_scale.cli import check, convert, evaluate, export, plan, report, sample, serve, train
@@ -54,13 +55,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviations: `sample --step 3` must not be --steps 3."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pgm-scale",
         description="Pretrain, evaluate and sample Partition Generative Models and their baselines.",
         epilog=_EPILOG,
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands: argparse._SubParsersAction = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
     preparation.add_arguments(commands)
     commands.choices["prepare"].set_defaults(run=preparation.run)
     for group in (train, evaluate, report, sample, serve, export, convert, plan, check):

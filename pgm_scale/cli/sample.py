@@ -17,6 +17,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("--count", type=positive, default=1, help="samples a prompt or class (default 1)")
     parser.add_argument("--sampler", help="kind of sampler (default: the run's); 'list' prints the kinds")
+    parser.add_argument(
+        "--step", type=positive, metavar="N", help="checkpoint (default: the newest good one)"
+    )
     parser.add_argument("--steps", type=positive, help="decoding steps (default: the run's)")
     parser.add_argument("--temperature", type=float, help="divides the logits")
     parser.add_argument("--top-p", type=float, help="nucleus: smallest set of tokens with this probability")
@@ -96,6 +99,7 @@ def _sample(options: argparse.Namespace) -> None:
     request = SampleRequest(
         known_path=options.known,
         count=options.count,
+        step=options.step,
         kind=options.sampler,
         steps=options.steps,
         temperature=options.temperature,

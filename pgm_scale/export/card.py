@@ -72,7 +72,8 @@ def model_card(name: str, description: ModelDescription, facts: CardFacts) -> st
     origin, model, sections = description.origin, description.model, []
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation" if description.images is None else "unconditional-image-generation",
+        # Only an autoregressive model works in the pipeline that the hub offers for the tag.
+        **({"pipeline_tag": "text-generation"} if model.kind == "autoregressive_transformer" else {}),
         "tags": ["pgm-scale", model.kind.replace("_", "-"), *(["diffusion"] * (model.kind in _DIFFUSION))],
     }
     # A distillation's own, while the description has that of its teacher's pretraining.

@@ -27,6 +27,7 @@ def tokenizer_config(trained: TrainedModel) -> dict[str, Any]:
     }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # no token types
         "model_max_length": trained.description.length_tokens,
         "clean_up_tokenization_spaces": False,  # else decoding would not give the text back
         **{name: token for name, token in names.items() if token is not None},

@@ -68,7 +68,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         yield staged
+        mode = 0o666 & ~_umask()  # safetensors gives its files to their owner alone
         for path in staged.iterdir():
+            path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         fsync_folder(staged)
@@ -79,6 +81,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {folder}: {reason}; choose another place") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _umask() -> int:
+    """Of this process, which only tells it when it is set."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def check_free(folder: Path) -> None:

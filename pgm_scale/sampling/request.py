@@ -56,6 +56,7 @@ class SampleRequest:
 
     known_path: str | None = None
     count: int = 1
+    step: int | None = None  # of the checkpoint
     kind: str | None = None
     steps: int | None = None
     temperature: float | None = None

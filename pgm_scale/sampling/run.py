@@ -27,7 +27,7 @@ def sample_run(folder: str, request: SampleRequest) -> SampleResult:
     job_type = _job_type(folder, request)
     job_type.check(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load(folder, weights=request.weights, device=device)
+    run = load(folder, step=request.step, weights=request.weights, device=device)
     config = _sampler(run, request)
     job = job_type(run, request, device)
     known_BL, labels_B = job.inputs(None if request.known_path is None else _known_tokens(request.known_path))

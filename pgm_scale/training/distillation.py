@@ -67,21 +67,33 @@ class Distillation:
     def round_of(self, step: int) -> int:
         return step // self.config.round_steps
 
-    def begin_step(self, step: int) -> None:
-        """Collective: if a round starts, hand over to its teacher, and start anew what the round is to."""
+    def begin_step(self, step: int) -> str | None:
+        """Collective: if a round starts, hand over to its teacher, and start anew what the round is to.
+
+        Returns:
+            what begins, for people.
+        """
         if not self.starts_at(step):
-            return
+            return None
         checkpointer, ema = self.checkpointer, self.checkpointer.ema
         state = checkpointer.engine.state
         takes_average = step > 0 and self.config.next_teacher == "ema" and ema is not None
         self.teacher.take(state, ema.values if takes_average and ema else [entry.weight for entry in state])
+        steps = self.config.sampling_steps / 2 ** self.round_of(step)
+        who = (
+            "the first teacher" if step == 0 else "the student's average" if takes_average else "the student"
+        )
+        line = (
+            f"round {self.round_of(step) + 1}: from {steps:g} sampling steps to {steps / 2:g}; {who} teaches"
+        )
         if step == 0 or not (self.config.reset_optimizer or self.config.reset_ema):
-            return
+            return line
         checkpointer.wait_until_copied()
         if self.config.reset_optimizer:
             checkpointer.reset_optimizer(step)
         if self.config.reset_ema and ema is not None:
             ema.restart()
+        return line
 
     def _restore(self, step: int) -> None:
         store = self.checkpointer.store

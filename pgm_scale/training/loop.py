@@ -225,7 +225,9 @@ class TrainingRun:
             self.throughput.restart()
             for step in range(self.first_step, config.training.steps):
                 if self.distillation is not None:
-                    self.distillation.begin_step(step)
+                    begun = self.distillation.begin_step(step)
+                    if begun is not None:
+                        self.console.say(begun)
                 result = training_step(
                     step,
                     self.engine,

@@ -202,4 +202,4 @@ def test_steps_and_weights_that_it_has_not(whole: Path) -> None:
     assert pgm_scale.load(str(whole), step=STEP).description.origin.step == STEP
     refused(whole, f"is the export of step {STEP}; leave out the step", step=1)
     refused(whole, "holds averaged weights only", weights="weight")
-    refused(whole / "nowhere", "is not a run folder")
+    refused(whole / "nowhere", "no such folder")

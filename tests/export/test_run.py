@@ -89,6 +89,14 @@ def test_what_is_asked_is_what_is_written(runs: dict[str, Path], tmp_path: Path)
         assert torch.equal(mine.bfloat16().float(), other)
 
 
+def test_files_are_for_whom_the_umask_says(runs: dict[str, Path], tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    export_run(str(runs["pgm"]), ExportRequest(str(tmp_path / "out")), lambda _: None)
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {plain.stat().st_mode}
+
+
 def test_the_folder_evaluates_as_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
     from pgm_scale.config import PGMObjectiveConfig
     from pgm_scale.data.storage import SplitStorage
