@@ -258,6 +258,18 @@ def test_config_warns_of_data_that_is_not_there(
     assert yaml.safe_load(output)["data"]["train"] == str(tmp_path)
 
 
+def test_config_warns_of_a_warm_up_that_never_ends(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = str(_config_file(data, tmp_path / "run"))
+    assert main(["config", config, "training.steps=10", "optimizer.warmup_steps=9"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["config", config, "training.steps=10", "optimizer.warmup_steps=10"]) == 0
+    assert capsys.readouterr().err.startswith(
+        "warning: optimizer.warmup_steps 10 is not below training.steps 10"
+    )
+
+
 def test_inference_needs_neither_deepspeed_nor_megatron(trained: Path) -> None:
     script = (
         "import sys, pgm_scale, pgm_scale.sampling.run as run\n"

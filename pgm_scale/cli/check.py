@@ -33,6 +33,8 @@ def _print_config(options: argparse.Namespace) -> None:
 
     config = configuration.load(options.config, options.overrides, complete=fill_in_model)
     print(configuration.to_yaml(config), end="")
+    for line in configuration.cautions(config):
+        print(f"warning: {line}", file=sys.stderr)
     for key, split in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if not is_remote(split) and not (Path(split) / MANIFEST_NAME).exists():
             print(f"warning: {key}: no prepared split in {split}; `train` will refuse it", file=sys.stderr)

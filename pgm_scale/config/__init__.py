@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pgm_scale.config.checks import (
     QUIRKS,
+    cautions,
     inconsistencies,
     out_of_range,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "VQModelConfig",
     "VQObjectiveConfig",
     "ValidationConfig",
+    "cautions",
     "inconsistencies",
     "likelihood_objective",
     "load",

@@ -139,6 +139,17 @@ def inconsistencies(config: RunConfig) -> list[str]:
     return problems
 
 
+def cautions(config: RunConfig) -> list[str]:
+    """What is allowed, but hardly meant."""
+    steps, warmup = config.training.steps, config.optimizer.warmup_steps
+    if warmup < steps:
+        return []
+    return [
+        f"optimizer.warmup_steps {warmup} is not below training.steps {steps}: the learning rate never gets to its "
+        "value; lower it"
+    ]
+
+
 def _distillation_inconsistencies(config: RunConfig, objective: SDTTObjectiveConfig) -> list[str]:
     problems = []
     if not objective.teacher:

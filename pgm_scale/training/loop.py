@@ -14,7 +14,7 @@ import torch
 from pgm_scale.checkpoint.lock import RunLock
 from pgm_scale.checkpoint.peers import Peers
 from pgm_scale.checkpoint.store import CheckpointStore
-from pgm_scale.config import RunConfig, SDTTObjectiveConfig, VQModelConfig
+from pgm_scale.config import RunConfig, SDTTObjectiveConfig, VQModelConfig, cautions
 from pgm_scale.data.loader import BatchStream, TokenLoader
 from pgm_scale.data.order import BatchPlan, GlobalOrder
 from pgm_scale.data.storage import SplitStorage, open_splits
@@ -217,6 +217,8 @@ class TrainingRun:
         if self.mesh.world_size > 1:
             vocab_size = self.identity.vocabulary.size
             self.console.say(describe_layout(config, self.mesh.world_size, vocab_size, self.stage_units))
+        for line in cautions(config):
+            self.console.say(f"warning: {line}")
         if self.first_step >= config.training.steps:
             self.console.say(f"nothing to do: step {self.first_step} of {config.training.steps} is reached")
         elif self.first_step:
