@@ -134,6 +134,7 @@ def test_the_card_tells_the_run_and_no_places(runs: dict[str, Path], tmp_path: P
     card = (tmp_path / "m" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert "pgm-scale" in yaml.safe_load(front)["tags"]
+    assert "pipeline_tag" not in front  # no pipeline of transformers samples a PGM
     trained = load_run(run)
     for told in (
         trained.description.origin.checkpoint_sha256,
