@@ -11,7 +11,7 @@ from pgm_scale.data.manifest import ImageContent
 from pgm_scale.errors import UserError
 from pgm_scale.model_folder import is_model_folder, load_folder, read_description
 from pgm_scale.run_folder import RunFolder, load_run
-from pgm_scale.trained_model import TrainedModel, Weights
+from pgm_scale.trained_model import Origin, TrainedModel, Weights
 
 # What int8 may change: the root mean square of the logits' differences over the logits' standard deviation. On the
 # three trained models of the demos it was 0.2 to 0.4% (bf16: 0.4 to 0.6%), at 1e-5 to 9e-5 nats of KL a token; the
@@ -41,7 +41,7 @@ def load(
         raise UserError(f"{folder}: no such folder; give the folder of a run or of an exported model")
     if is_model_folder(folder):
         trained = load_folder(folder, device=device, dtype=dtype)
-        _check_origin(folder, trained, step, weights)
+        check_origin(folder, trained.description.origin, step, weights)
     else:
         trained = load_run(folder, step=step, weights=weights, device=device, dtype=dtype)
     if int8:
@@ -49,8 +49,8 @@ def load(
     return trained
 
 
-def _check_origin(folder: str | Path, trained: TrainedModel, step: int | None, weights: Weights) -> None:
-    origin = trained.description.origin
+def check_origin(folder: str | Path, origin: Origin, step: int | None, weights: Weights) -> None:
+    """Raises: UserError: an exported folder of `origin` is asked for another step, or weights that it has not."""
     if step not in (None, origin.step):
         raise UserError(f"{folder} is the export of step {origin.step}; leave out the step, or give the run")
     if weights != "ema" and weights != origin.weights:

@@ -141,7 +141,7 @@ def load_folder(
     with torch.device("meta"):
         expected = _shapes(build_model(description.model, size, length))
     # Before any memory is taken for a model that the weights are not of.
-    _check_shapes(expected, _stored_shapes(folder), str(folder))
+    check_shapes(expected, _stored_shapes(folder), str(folder))
     check_files(folder)
     model = build_model(description.model, size, length)
     parameters = dict(model.named_parameters())
@@ -195,7 +195,7 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     Raises:
         UserError: one line for each name that is missing, unknown, or of another shape.
     """
-    _check_shapes(_shapes(model), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+    check_shapes(_shapes(model), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
@@ -205,7 +205,8 @@ def _shapes(model: nn.Module) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _check_shapes(expected: dict[str, Shape], found: dict[str, Shape], where: str) -> None:
+def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
+    """Raises: UserError: one line for each name that is missing, unknown, or of another shape."""
     problems = [
         f"{name}: {_difference(expected.get(name), found.get(name))}"
         for name in sorted(expected.keys() | found.keys())

@@ -269,6 +269,25 @@ def load_run(
     run = RunFolder(folder)
     config, identity = run.config(), run.identity()
     store = CheckpointStore(run.path)
+    step, origin = choose_checkpoint(run, store, step, weights)
+    model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
+    copy_weights(model, store.read_full(step, origin.weights), f"checkpoint {step} of {run.path}")
+    model.eval().requires_grad_(False)
+    return TrainedModel(model.to(device, dtype), run.description(origin), run.path)
+
+
+def choose_checkpoint(
+    run: RunFolder, store: CheckpointStore, step: int | None, weights: Weights
+) -> tuple[int, Origin]:
+    """The verified step to read of somebody's run, and what is there of it; collective over the store's peers.
+
+    Args:
+        step: None for the newest good one.
+        weights: `ema` falls back to the weights of a run without an average.
+
+    Raises:
+        UserError: no such checkpoint, or a bad one.
+    """
     if step is None:
         step = store.newest_verified(repair=False)
         if step is None:
@@ -278,11 +297,7 @@ def load_run(
     else:
         raise UserError(f"{run.path} has no checkpoint of step {step}; give one of {store.steps()}")
     kind: Weights = weights if weights in store.kinds(step) else "weight"
-    model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
-    copy_weights(model, store.read_full(step, kind), f"checkpoint {step} of {run.path}")
-    model.eval().requires_grad_(False)
-    origin = Origin(config.name, identity.run_id, step, kind, checkpoint_sha256(store, step))
-    return TrainedModel(model.to(device, dtype), run.description(origin), run.path)
+    return step, Origin(run.config().name, run.identity().run_id, step, kind, checkpoint_sha256(store, step))
 
 
 def checkpoint_sha256(store: CheckpointStore, step: int) -> str:

@@ -83,9 +83,7 @@ class Distillation:
         who = (
             "the first teacher" if step == 0 else "the student's average" if takes_average else "the student"
         )
-        line = (
-            f"round {self.round_of(step) + 1}: from {steps:g} sampling steps to {steps / 2:g}; {who} teaches"
-        )
+        line = f"round {self.round_of(step)}: from {steps:g} sampling steps to {steps / 2:g}; {who} teaches"
         if step == 0 or not (self.config.reset_optimizer or self.config.reset_ema):
             return line
         checkpointer.wait_until_copied()
