@@ -73,8 +73,8 @@ def test_pgm_text_by_the_list_of_averages_and_raw(tmp_path: Path) -> None:
     assert description.tokenizer_sha256 == hashlib.sha256(tokenizer).hexdigest()
     assert any(line.startswith("parity: largest logit difference 0 ") for line in lines)
     parameters = sum(p.numel() for p in trained.model.parameters())
-    assert f"63 tensors, {parameters:,} parameters, averaged weights" in lines[-1]
-    assert "step 50,000" in lines[-1]
+    (summary,) = (line for line in lines if f"63 tensors, {parameters:,} parameters, averaged weights" in line)
+    assert "step 50,000" in summary
 
 
 def test_pgm_text_distilled_with_another_layout_of_hyper_parameters(tmp_path: Path) -> None:

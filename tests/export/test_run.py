@@ -235,12 +235,11 @@ def test_a_checkpoint_that_training_removes_meanwhile(
     run = Path(shutil.copytree(runs["ar"], tmp_path / "run"))
     read = CheckpointStore.read_full
 
-    def read_and_lose(store: CheckpointStore, step: int, kind: Any) -> Any:
-        tensors = read(store, step, kind)
+    def lose_and_read(store: CheckpointStore, step: int, kind: Any) -> Any:
         shutil.rmtree(store.folders.of(step))
-        return tensors
+        return read(store, step, kind)
 
-    monkeypatch.setattr(CheckpointStore, "read_full", read_and_lose)
+    monkeypatch.setattr(CheckpointStore, "read_full", lose_and_read)
     with pytest.raises(UserError, match="No such file or directory; use one of the steps"):
         export_run(str(run), ExportRequest(str(tmp_path / "m")), lambda _: None)
 
