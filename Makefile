@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FOLDERS := pgm_scale data_prep ops tests
+FOLDERS := pgm_scale data_prep launchers ops tests
 STAMP := $(VENV)/.installed
 
 .PHONY: demo demo-images demo-distill test parity bench check format clean

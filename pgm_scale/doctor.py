@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -21,29 +20,13 @@ from pgm_scale import config as configuration
 from pgm_scale.config import OptimizerConfig, ParallelConfig, RunConfig
 from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import UserError
-from pgm_scale.models import build_model
 from pgm_scale.parallel.launch import Launch, find_launch
-from pgm_scale.parallel.layout import layout_problems, length_problems
+from pgm_scale.parallel.layout import layout_problems
 from pgm_scale.parallel.mesh import connected
 from pgm_scale.parallel.optimizer import build_adamw
-from pgm_scale.run_folder import RunFolder
-from pgm_scale.training.content import content_problems
+from pgm_scale.preflight.setup import setup_problems
+from pgm_scale.preflight.versions import MISSING, nccl_version, package_versions
 from pgm_scale.training.teacher_model import fill_in_model
-
-_PACKAGES = (
-    "torch",
-    "deepspeed",
-    "megatron-core",
-    "mosaicml-streaming",
-    "webdataset",
-    "safetensors",
-    "tokenizers",
-    "transformers",
-    "wandb",
-    "submitit",
-    "numpy",
-    "pillow",
-)
 
 
 def examine(config_path: str | None, overrides: Iterable[str]) -> None:
@@ -73,18 +56,16 @@ def examine(config_path: str | None, overrides: Iterable[str]) -> None:
 def _machine(ranks: list[str], problems: list[str]) -> Iterator[tuple[str, str]]:
     yield "pgm-scale", __version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
-    for package in _PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield package, "MISSING"
+    for package, version in package_versions().items():
+        yield package, version
+        if version == MISSING:
             problems.append(f"{package} is not installed; run make test, or pip install pgm-scale")
     yield "processors", f"{os.cpu_count()} (torch uses {torch.get_num_threads()} threads)"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             yield f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        yield "CUDA, NCCL", f"{torch.version.cuda}, {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        yield "CUDA, NCCL", f"{torch.version.cuda}, {nccl_version()}"
     else:
         yield "GPU", "none: training runs on the CPU with gloo"
     yield "optimizer", _optimizer()
@@ -122,13 +103,9 @@ def _check_config(config: RunConfig) -> list[str]:
     problems: list[str] = []
     data = config.data
     splits = open_splits(data.train, data.validation, data.cache_folder, problems)
-    if splits:
-        problems += length_problems(config, splits[0].manifest.length_tokens)
-        problems += content_problems(config, splits[0].manifest)
     for split in splits:
         problems += _shard_problems(split)
-    problems += _folder_problems(config, splits)
-    return problems
+    return problems + setup_problems(config, splits)
 
 
 def _shard_problems(split: SplitStorage) -> Iterator[str]:
@@ -142,30 +119,3 @@ def _shard_problems(split: SplitStorage) -> Iterator[str]:
             check()
         except UserError as error:
             yield str(error)
-
-
-def _folder_problems(config: RunConfig, splits: list[SplitStorage]) -> Iterator[str]:
-    """Whether the run folder can be written, goes on with what is in it, and has room for the checkpoints."""
-    folder = Path(config.folder)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        yield f"folder: {existing} cannot be written as a folder; choose another run folder"
-        return
-    if not splits:
-        return
-    manifest = splits[0].manifest
-    if (folder / "run.json").exists():
-        try:
-            RunFolder(folder).check_continues(config, manifest)
-        except UserError as error:
-            yield str(error)
-    with torch.device("meta"):
-        model = build_model(config.model, manifest.vocabulary.size, manifest.length_tokens)
-    # Weights, two moments and EMA in fp32; a new checkpoint is written before the oldest is deleted.
-    needed_bytes = sum(p.numel() for p in model.parameters()) * 16 * (config.checkpoint.keep_last + 1)
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        yield (
-            f"folder: {free_bytes / 2**30:.1f} GiB are free at {existing}, but {config.checkpoint.keep_last + 1} "
-            f"checkpoints take {needed_bytes / 2**30:.1f} GiB; make room, or lower checkpoint.keep_last"
-        )

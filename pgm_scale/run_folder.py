@@ -5,6 +5,8 @@
     <run>/tokenizer.json      the data set's tokenizer
     <run>/vq.safetensors      of image codes: the weights of the VQ tokenizer that tokenizer.json describes
     <run>/metrics.jsonl       one JSON object a logged step
+    <run>/heartbeat.json      what it is doing and how it ended, see `pgm_scale.watching`
+    <run>/metrics.prom        the same for Prometheus
     <run>/unit_costs.json     seconds of each kind of unit, by which a pipeline is split into stages
     <run>/samples/            text generated at validations
     <run>/hangs/              the stacks of all ranks, if one of them hung
@@ -44,6 +46,7 @@ from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes, sha256_file
 from pgm_scale.model_folder import copy_weights
 from pgm_scale.models import build_model
+from pgm_scale.secrets import secret_problems
 from pgm_scale.trained_model import ModelDescription, Origin, TrainedModel, Weights
 
 # A resumed run must agree with itself in these; the rest may change between sessions.
@@ -106,8 +109,12 @@ class RunFolder:
         """Describe a new run, or see that `config` and the data go on with the run that is there.
 
         Raises:
-            UserError: a setting that a run must keep, or the data, differs: the differences are listed.
+            UserError: a setting that a run must keep, or the data, differs: the differences are listed; or a
+                secret would be written.
         """
+        secrets = secret_problems(configuration.to_mapping(config))
+        if secrets:
+            raise UserError(f"cannot write the configuration of {self.path}:\n  " + "\n  ".join(secrets))
         stored = self.check_continues(config, train) if self.identity_path.exists() else None
         if stored is None:
             self.path.mkdir(parents=True, exist_ok=True)

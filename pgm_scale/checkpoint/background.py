@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -36,6 +37,7 @@ class BackgroundWrite:
         self._error: Exception | None = None
         self._copied, self._ended, self._unwanted = threading.Event(), threading.Event(), threading.Event()
         self._chunks = 0
+        self.seconds = 0.0  # that it has taken, once it has ended
         self._stream = None
         if torch.cuda.is_initialized():  # copies run beside the GPU's later work, after what it does now
             self._stream = torch.cuda.Stream()
@@ -70,12 +72,14 @@ class BackgroundWrite:
     def _run(self) -> None:
         with contextlib.suppress(OSError):  # Linux has a priority a thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        start_s = time.perf_counter()
         try:
             with torch.cuda.stream(self._stream):
                 self._entry = self._write(self._advance, self._copied.set)
         except Exception as error:
             self._error = error
         finally:
+            self.seconds = time.perf_counter() - start_s
             self._copied.set()
             self._ended.set()
 

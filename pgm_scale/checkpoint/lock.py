@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
 import os
-import socket
 import threading
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pgm_scale.errors import UserError
 from pgm_scale.files import write_synced
+from pgm_scale.holder import Holder
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock. `machine` is the kernel's boot id and the process-id namespace."""
-
-    host: str
-    machine: str
-    pid: int
-    start_ticks: str  # the kernel's start time of the process: tells a reused process id
-    job: str
-
-    @staticmethod
-    def here() -> Holder:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-        pid = os.getpid()
-        start_ticks = _start_ticks(pid)
-        assert start_ticks is not None
-        return Holder(socket.gethostname(), machine, pid, start_ticks, os.environ.get("SLURM_JOB_ID", "none"))
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
-
-    def __str__(self) -> str:
-        return f"host {self.host}, pid {self.pid}, job {self.job}"
 
 
 class RunLock:
@@ -130,7 +101,7 @@ class RunLock:
         data = _content(self.path)
         if data is None:
             return
-        holder = _parse(data)
+        holder = Holder.from_bytes(data)
         if self._lives(holder, data):
             raise UserError(
                 f"the run folder {self.path.parent} is in use by another run "
@@ -151,8 +122,9 @@ class RunLock:
         aside.unlink()
 
     def _lives(self, holder: Holder | None, data: bytes) -> bool:
-        if holder is not None and holder.machine == self._holder.machine:
-            return _start_ticks(holder.pid) == holder.start_ticks
+        lives = None if holder is None else holder.lives()
+        if lives is not None:
+            return lives
         first = _read(self.path)
         deadline_s = time.monotonic() + self._dead_after_s
         logger.warning(
@@ -202,19 +174,3 @@ def _read(path: Path) -> tuple[bytes, int] | None:
 def _content(path: Path) -> bytes | None:
     found = _read(path)
     return found[0] if found else None
-
-
-def _parse(data: bytes) -> Holder | None:
-    try:
-        return Holder(**json.loads(data))
-    except (ValueError, TypeError):
-        return None
-
-
-def _start_ticks(pid: int) -> str | None:
-    """Start time of a living process in kernel ticks; None when there is none, or only its zombie."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in ("Z", "X") else fields[18]

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_prep import cli as preparation
-from pgm_scale.cli import check, convert, evaluate, export, plan, report, sample, serve, train
+from pgm_scale.cli import check, convert, evaluate, export, launch, plan, report, runs, sample, serve, train
 from pgm_scale.errors import UserError
+from pgm_scale.secrets import RedactingFormatter, print_redacted_traceback, redact
 
 _EPILOG = """exit codes: 0 done; 1 a bug of ours (with a traceback); 2 bad input; 3 a loss or gradient that is
 not finite; 4 a rank hung or died, and is named; 75 stopped by a signal after saving, run the same command to go
@@ -22,16 +23,19 @@ on; 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a `UserError` becomes its one message on stderr and its exit code."""
-    options = _parse(arguments)
+    """Run one command; a `UserError` becomes its one message on stderr and its exit code.
+
+    Messages, log lines and the traceback of an error of ours are printed without secrets.
+    """
+    options = parse_arguments(arguments)
     # Before torch is imported: it would print the C++ frames of every broken connection.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    _set_up_messages()
     try:
         options.run(options)
     except UserError as error:
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        print(f"{'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        print(redact(f"{'' if rank == '0' else f'rank {rank}: '}{error}"), file=sys.stderr)
         return error.exit_code
     except MemoryError as error:
         print(f"not enough memory ({error}); ask for less at a time", file=sys.stderr)
@@ -45,8 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse, but overrides may also stand behind options, where it does not look for them."""
+def _set_up_messages() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = print_redacted_traceback
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse, but overrides may also stand behind options, where it does not look for them.
+
+    Raises:
+        SystemExit: with argparse's exit code and message, or after --help.
+    """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
@@ -55,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Takes no abbreviations: `sample --step 3` must not be --steps 3."""
 
     def __init__(self, **options: Any) -> None:
@@ -63,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="pgm-scale",
         description="Pretrain, evaluate and sample Partition Generative Models and their baselines.",
         epilog=_EPILOG,
@@ -73,6 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     preparation.add_arguments(commands)
     commands.choices["prepare"].set_defaults(run=preparation.run)
-    for group in (train, evaluate, report, sample, serve, export, convert, plan, check):
+    for group in (train, launch, runs, evaluate, report, sample, serve, export, convert, plan, check):
         group.add_commands(commands)
     return parser

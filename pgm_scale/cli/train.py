@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from pgm_scale.cli.arguments import add_config_arguments
+
+if TYPE_CHECKING:
+    from pgm_scale.training.signals import StopFlag
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -45,6 +49,13 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, distils: bool = False) -> None:
+    from pgm_scale.training.signals import StopFlag
+
+    with StopFlag() as stop:
+        _run_until(stop, options, distils)
+
+
+def _run_until(stop: StopFlag, options: argparse.Namespace, distils: bool) -> None:
     from functools import partial
 
     from pgm_scale.host_memory import keep_freed_memory
@@ -65,4 +76,4 @@ def _run(options: argparse.Namespace, distils: bool = False) -> None:
         )
     from pgm_scale.training.loop import train
 
-    train(config, launch)
+    train(config, launch, stop)

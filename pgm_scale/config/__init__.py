@@ -55,6 +55,7 @@ from pgm_scale.config.sections import (
     TrackingConfig,
     TrainingConfig,
     ValidationConfig,
+    WatchingConfig,
 )
 from pgm_scale.config.sizes import (
     MODEL_SIZES,
@@ -90,6 +91,7 @@ __all__ = [
     "VQModelConfig",
     "VQObjectiveConfig",
     "ValidationConfig",
+    "WatchingConfig",
     "cautions",
     "inconsistencies",
     "likelihood_objective",

@@ -87,6 +87,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "validation.interval_steps": _AT_LEAST_ONE,
     "validation.sequences": _AT_LEAST_ONE,
     "validation.samples": _FROM_ZERO,
+    "watching.slow_rank_ratio": (1.01, 1e6),
 }
 
 

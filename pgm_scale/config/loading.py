@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pgm_scale.config.checks import inconsistencies
-from pgm_scale.config.parsing import apply_override, parse, read_yaml
+from pgm_scale.config.parsing import apply_override, parse, read_yaml, to_mapping
 from pgm_scale.config.sections import RunConfig
 from pgm_scale.errors import UserError
+from pgm_scale.secrets import secret_problems
 
 
 def load(
@@ -34,7 +35,7 @@ def load(
     complete(tree)
     config = parse(RunConfig, tree, problems)
     if config is not None and not problems:
-        problems += inconsistencies(config) + check(config)
+        problems += inconsistencies(config) + check(config) + secret_problems(to_mapping(config))
     if config is None or problems:
         raise UserError(
             f"{path}: {len(problems)} problem(s) in the configuration:\n  " + "\n  ".join(problems)

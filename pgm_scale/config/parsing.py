@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,11 +18,27 @@ from pgm_scale.config.sections import RunConfig
 from pgm_scale.config.sizes import MODEL_SIZES
 from pgm_scale.errors import UserError
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def _without_colons(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """What `pattern` matches, if there is no colon in it."""
+    return re.compile(rf"(?![^:]*:)(?:{pattern.pattern})", pattern.flags)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without numbers in base 60: there 24:00:00 would be 86400."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, _without_colons(pattern) if tag in _NUMBERS else pattern) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping from disk, or a one-line `UserError`."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; give a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
@@ -46,12 +64,15 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_mapping(config), sort_keys=False)
 
 
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def parse(cls: type, tree: Any, problems: list[str], where: str = "") -> Any:
     """Build the dataclass `cls` from plain containers, adding a line to `problems` for each fault."""
     if not isinstance(tree, Mapping):
         problems.append(f"{where or 'top level'}: expected a mapping, found {tree!r}")
         return None
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
     for key in tree:
@@ -77,6 +98,8 @@ def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
         return _parse_value(members[0], value, problems, where)
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast(type, hint), value, problems, where)
+    if origin is dict:
+        return _parse_mapping(arguments, value, problems, where)
     if origin is Literal:
         if value in arguments and any(type(value) is type(a) for a in arguments):
             return value
@@ -97,6 +120,20 @@ def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
         problems.append(f"{where}: expected {count} values, found {value!r}")
         return None
     return _parse_scalar(hint, value, problems, where)
+
+
+def _parse_mapping(hints: tuple[Any, ...], value: Any, problems: list[str], where: str) -> Any:
+    """A mapping of free keys; a scalar stands for a string, as in `NCCL_NVLS_ENABLE: 0`."""
+    if not isinstance(value, Mapping):
+        problems.append(f"{where}: expected a mapping, found {value!r}")
+        return None
+    scalars = hints[1] is str
+    return {
+        str(key): str(item)
+        if scalars and isinstance(item, (int, float)) and not isinstance(item, bool)
+        else _parse_value(hints[1], item, problems, _join(where, key))
+        for key, item in value.items()
+    }
 
 
 def _parse_kind(members: list[Any], value: Any, problems: list[str], where: str) -> Any:

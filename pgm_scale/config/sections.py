@@ -115,6 +115,16 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class WatchingConfig:
+    """What a run tells others. The command runs by the shell on rank 0 and reads PGM_SCALE_EVENT (started, resumed,
+    finished, preempted, non_finite, hung, straggler, failed, crash_loop), _RUN, _STEP and _MESSAGE."""
+
+    alert_command: str | None = None  # keep secrets out of it: it can read them from the environment
+    slow_rank_ratio: float = 1.5  # a rank's own seconds over those of its peers, above which it is named
+    prometheus_folder: str | None = None  # of node_exporter's textfile collector
+
+
+@dataclass(frozen=True)
 class RunConfig:
     folder: str
     data: DataConfig
@@ -128,3 +138,4 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    watching: WatchingConfig = field(default_factory=WatchingConfig)

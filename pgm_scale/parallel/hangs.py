@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pgm_scale.checkpoint.lock import Holder
+from pgm_scale.holder import Holder
 
 _SHOWN_CULPRITS = 4
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from pgm_scale.config import ParallelConfig
 from pgm_scale.parallel.launch import Launch
-from pgm_scale.parallel.rendezvous import join
+from pgm_scale.parallel.rendezvous import join, rank_map
 from pgm_scale.parallel.watchdog import Watchdog
 
 _PATIENCE = 5  # times the watchdog's, of collectives
@@ -55,6 +55,7 @@ class Mesh:
     Attributes:
         groups: None where data parallelism spans all ranks.
         progress: `Watchdog.progress`, to be called all along a run.
+        rank_map: which ranks are on which host, in words; on rank 0, of several.
     """
 
     rank: int
@@ -63,6 +64,7 @@ class Mesh:
     device: torch.device
     groups: Groups | None = None
     progress: Callable[..., None] = _unwatched
+    rank_map: str = ""
 
     @property
     def tensor_rank(self) -> int:
@@ -128,6 +130,12 @@ class Mesh:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def gather_numbers(self, values: np.ndarray) -> np.ndarray:
+        """A small float64 vector from each rank, as rows of a matrix on every rank; as fast as a sum."""
+        rows = np.zeros((self.world_size, len(values)))
+        rows[self.rank] = values
+        return self._reduce(rows, dist.ReduceOp.SUM)
+
     def arranged(self, parallel: ParallelConfig) -> Mesh:
         """This mesh with the groups of a layout. Collective; the groups of an earlier layout are dropped."""
         if parallel.tensor == parallel.pipeline == 1:
@@ -152,13 +160,17 @@ class Mesh:
 
 @contextmanager
 def connected(
-    launch: Launch, timeout_s: float = ParallelConfig.timeout_s, hangs_folder: Path | None = None
+    launch: Launch,
+    timeout_s: float = ParallelConfig.timeout_s,
+    hangs_folder: Path | None = None,
+    on_hang: Callable[[str], None] | None = None,
 ) -> Iterator[Mesh]:
     """Join the process group (NCCL where this process has a GPU, gloo elsewhere), under a watchdog.
 
     Args:
         timeout_s: how long to wait for ranks that do not come, and for ranks that come no further.
         hangs_folder: where stacks are written if some rank hangs.
+        on_hang: see `Watchdog`.
 
     Raises:
         UserError: some ranks did not come; they are named.
@@ -167,9 +179,10 @@ def connected(
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
         backend = "cpu:gloo,cuda:nccl"
     else:
-        device = torch.device("cpu")
+        device, gpu = torch.device("cpu"), ""
         backend = "gloo"
     os.environ.update(
         RANK=str(launch.rank),
@@ -179,8 +192,8 @@ def connected(
         MASTER_ADDR=launch.master_address,
         MASTER_PORT=str(launch.master_port),
     )
-    store = join(launch, timeout_s)
-    with Watchdog(launch, store, timeout_s, hangs_folder) as watchdog:
+    store = join(launch, timeout_s, gpu)
+    with Watchdog(launch, store, timeout_s, hangs_folder, on_hang) as watchdog:
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("process-group", store),
@@ -189,6 +202,13 @@ def connected(
             # It does not know a slow rank from a hung one: the watchdog comes first.
             timeout=timedelta(seconds=_PATIENCE * timeout_s),
         )
-        yield Mesh(launch.rank, launch.world_size, launch.local_rank, device, progress=watchdog.progress)
+        yield Mesh(
+            launch.rank,
+            launch.world_size,
+            launch.local_rank,
+            device,
+            progress=watchdog.progress,
+            rank_map=rank_map(store, launch.world_size) if launch.rank == 0 and launch.world_size > 1 else "",
+        )
         # Not after an error: with NCCL it may wait for the others and hide the error.
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pgm_scale.checkpoint.lock import Holder
+from pgm_scale.holder import Holder
 
 _SHOWN_FRAMES = 30
 _COMMUNICATING = ("/torch/distributed/", "/deepspeed/", "/megatron/core/", "/pgm_scale/parallel/")

@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from pgm_scale.errors import UserError
+from pgm_scale.holder import node_name
 from pgm_scale.parallel.launch import Launch
 
 Result = TypeVar("Result")
@@ -41,22 +42,26 @@ class Member:
     host: str
     pid: int
     local_rank: int
+    gpu: str = ""  # a name that no other GPU has; none without one
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}"
 
 
-def join(launch: Launch, timeout_s: float) -> dist.Store:
+def join(launch: Launch, timeout_s: float, gpu: str = "") -> dist.Store:
     """Meet the other ranks; returns, when all are there, a store for `init_process_group` and the watchdog.
 
     Its own keys start with `member/`, so give the process group a `PrefixStore` of it. Operations of the store
     time out after `timeout_s` as long as its server lives.
 
+    Args:
+        gpu: the unique name of the one that this rank uses.
+
     Raises:
         UserError: on every rank, within `timeout_s` and a few seconds, naming the ranks that did not come, or
-            the two processes that have the same rank; or what is wrong with rank 0's address and port.
+            the two processes that have the same rank or the same GPU; or what is wrong with rank 0's address and port.
     """
-    me = Member(launch.rank, socket.gethostname(), os.getpid(), launch.local_rank)
+    me = Member(launch.rank, node_name(), os.getpid(), launch.local_rank, gpu)
     try:
         return within(timeout_s + 2 * _GRACE_S, lambda: _join(launch, me, timeout_s))
     except TimeoutError:
@@ -159,7 +164,7 @@ def _enter(store: dist.Store, me: Member, world_size: int) -> None:
         store.compare_set("outcome", "", outcome)  # no effect on a run that has met already
         raise UserError(outcome)
     if store.add("members", 1) == world_size:
-        store.compare_set("outcome", "", _EVERYONE)
+        store.compare_set("outcome", "", _shared_gpu(store, world_size) or _EVERYONE)
 
 
 def _outcome(store: dist.Store, launch: Launch, timeout_s: float, deadline_s: float) -> str:
@@ -179,6 +184,26 @@ def _missing(store: dist.Store, launch: Launch, timeout_s: float) -> str:
         f"{_by_host(found for found in members if found is not None)}; look at the logs and hosts of the missing "
         f"ranks, and whether they reach {server_address(launch)}"
     )
+
+
+def _shared_gpu(store: dist.Store, world_size: int) -> str:
+    """Which two ranks have the same GPU; "" if none: as slow as half of them, or out of memory hours later."""
+    users: dict[str, Member] = {}
+    for rank in range(world_size):
+        found = member(store, rank)
+        if found is not None and found.gpu:
+            other = users.setdefault(found.gpu, found)
+            if other is not found:
+                return (
+                    f"rank {other.rank} and rank {rank} use the same GPU of host {found.host}: start one task a GPU "
+                    "(Slurm: --ntasks-per-node equal to the GPUs of a node)"
+                )
+    return ""
+
+
+def rank_map(store: dist.Store, world_size: int) -> str:
+    """Which ranks are where, once all are there."""
+    return _by_host(found for rank in range(world_size) if (found := member(store, rank)) is not None)
 
 
 def _by_host(members: Iterable[Member]) -> str:

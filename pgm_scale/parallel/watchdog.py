@@ -19,6 +19,8 @@ import faulthandler
 import os
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -26,8 +28,8 @@ from typing import NoReturn, Self
 import torch
 import torch.distributed as dist
 
-from pgm_scale.checkpoint.lock import Holder
 from pgm_scale.errors import HungRankError, UserError
+from pgm_scale.holder import Holder
 from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, describe, find_culprits
 from pgm_scale.parallel.launch import Launch
 from pgm_scale.parallel.processes import (
@@ -79,13 +81,20 @@ class Watchdog:
         timeout_s: end the run when no rank has made progress for as long. A collective's own time-out should
             be several times longer, as it does not know a slow rank from a hung one.
         folder: `<run>/hangs`: each rank adds its stacks to a file there when the run ends so.
+        on_hang: called on the rank that judges, in a thread, with the line that all ranks say; it has 5 s.
     """
 
     def __init__(
-        self, launch: Launch, store: dist.Store, timeout_s: float, folder: str | Path | None = None
+        self,
+        launch: Launch,
+        store: dist.Store,
+        timeout_s: float,
+        folder: str | Path | None = None,
+        on_hang: Callable[[str], None] | None = None,
     ) -> None:
         self._launch, self._store, self._timeout_s = launch, store, timeout_s
         self._folder = Path(folder) if folder is not None else None
+        self._on_hang = on_hang
         # At most about 256 beats a second for the store's one thread.
         self._interval_s = min(max(1.0, launch.world_size / 256), timeout_s / 5)
         self._silent_s = _SILENT_BEATS * self._interval_s
@@ -253,6 +262,10 @@ class Watchdog:
         with contextlib.suppress(TimeoutError, OSError):
             within(_REPORT_S, lambda: os.write(2, text.encode()))  # `sys.stderr` has a lock
             within(_REPORT_S, lambda: self._write_stacks(verdict))
+        if self._on_hang is not None and verdict.maker == rank:
+            tell = partial(self._on_hang, verdict.line)
+            with contextlib.suppress(TimeoutError, OSError):
+                within(_REPORT_S, tell)
 
     def _write_stacks(self, verdict: Verdict) -> None:
         if self._folder is None:

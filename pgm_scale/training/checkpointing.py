@@ -30,6 +30,7 @@ class Checkpointer:
         self.ema = ema
         self.optimizer_start_step = 0  # before whose update the moments were zero
         self.seconds = 0.0  # that saves have held up training, since it was last set to 0
+        self.save_s = 0.0  # of the longest save so far, from its start to its commit
 
     @property
     def is_writing(self) -> bool:
@@ -42,8 +43,11 @@ class Checkpointer:
 
     def save(self, step: int, state: dict[str, Any]) -> bool:
         """Collective. False when this step had been saved before."""
+        start_s = time.perf_counter()
         with self._timed():
-            return self.store.save(step, self._owned_fragments(), self._full_state(step, state))
+            saved = self.store.save(step, self._owned_fragments(), self._full_state(step, state))
+        self.save_s = max(self.save_s, time.perf_counter() - start_s)
+        return saved
 
     def start(self, step: int, state: dict[str, Any]) -> bool:
         """Collective: save in the background; the next update must come after `wait_until_copied`."""
@@ -58,8 +62,11 @@ class Checkpointer:
 
     def finish(self) -> None:
         """Collective: wait for the save under way and commit it."""
+        assert self.store.under_way is not None
+        write, start_s = self.store.under_way.write, time.perf_counter()
         with self._timed():
             self.store.finish()
+        self.save_s = max(self.save_s, write.seconds + time.perf_counter() - start_s)
 
     def _full_state(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
         return {

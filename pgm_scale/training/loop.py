@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -45,16 +45,19 @@ from pgm_scale.training.content import content_problems
 from pgm_scale.training.distillation import Distillation, first_teacher
 from pgm_scale.training.ema import ExponentialMovingAverage
 from pgm_scale.training.samples import write_validation_samples
-from pgm_scale.training.signals import StopFlag
+from pgm_scale.training.signals import JobEnd, StopFlag
 from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, training_step
 from pgm_scale.training.tracking import NoTracker, Tracker, open_tracker
 from pgm_scale.training.weight_source import WeightSource
+from pgm_scale.watching.fingerprint import MODULUS
+from pgm_scale.watching.stragglers import StragglerReport
+from pgm_scale.watching.watch import RunWatch
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, launch: Launch) -> None:
-    """Train, or go on training, the run in `config.folder` until `config.training.steps`.
+def train(config: RunConfig, launch: Launch, stop: StopFlag) -> None:
+    """Train, or go on training, the run in `config.folder` until `config.training.steps` or until `stop` is raised.
 
     Raises:
         UserError: the configuration does not fit the launch, the data, or the run that is in the folder.
@@ -73,12 +76,14 @@ def train(config: RunConfig, launch: Launch) -> None:
     if config.parallel.tensor > 1:  # Megatron orders its collectives by it; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with ExitStack() as stack:
-        hangs = RunFolder(config.folder).hangs_path
-        mesh = stack.enter_context(connected(launch, config.parallel.timeout_s, hangs))
         lock = RunLock(config.folder)
-        Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress).first(lock.acquire)
         stack.callback(lock.release)
-        train_on_mesh(config, mesh, train_split, validation_split, lock)
+        # Outside of the mesh: when a rank hangs, it is the mesh's end that says so.
+        watch = stack.enter_context(RunWatch(config, launch.rank, launch.world_size))
+        hangs = RunFolder(config.folder).hangs_path
+        mesh = stack.enter_context(connected(launch, config.parallel.timeout_s, hangs, watch.hung))
+        Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress).first(lock.acquire)
+        train_on_mesh(config, mesh, train_split, validation_split, stop, lock, watch)
 
 
 def train_on_mesh(
@@ -86,10 +91,13 @@ def train_on_mesh(
     mesh: Mesh,
     train_split: SplitStorage,
     validation_split: SplitStorage,
+    stop: StopFlag | None = None,
     lock: RunLock | None = None,
+    watch: RunWatch | None = None,
 ) -> None:
     """`train`, once the ranks are connected; rank 0 holds the folder's `lock`. Collective."""
-    mesh = mesh.arranged(config.parallel)
+    watch = watch or RunWatch(config, mesh.rank, mesh.world_size)
+    mesh = watch.begin(mesh).arranged(config.parallel)
     # Convolutions, which only a VQ model has: in fp32 if that is asked for, and the same sums on every run.
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     run = RunFolder(config.folder)
@@ -103,9 +111,10 @@ def train_on_mesh(
         )
     )
     store.recover()
-    session = TrainingRun(config, mesh, run, identity, store, train_split, validation_split, lock, teacher)
-    with StopFlag() as stop:  # from here on a signal is answered at the next step
-        session.run(stop)
+    session = TrainingRun(
+        config, mesh, run, identity, store, train_split, validation_split, watch, lock, teacher
+    )
+    session.run(stop or StopFlag())
 
 
 class TrainingRun:
@@ -120,12 +129,13 @@ class TrainingRun:
         store: CheckpointStore,
         train_split: SplitStorage,
         validation_split: SplitStorage,
+        watch: RunWatch,
         lock: RunLock | None,
         initial: WeightSource | None = None,
     ) -> None:
         """`initial` replaces the drawn weights of a run that has no checkpoint."""
         self.config, self.mesh, self.folder, self.identity = config, mesh, folder, identity
-        self.train_split, self.lock = train_split, lock
+        self.train_split, self.watch, self.lock = train_split, watch, lock
         self.store = store
         self.objective = build_objective(config.objective, identity.vocabulary, config.model)
         self.stage_units = self._stage_units()
@@ -150,8 +160,11 @@ class TrainingRun:
         self.file: metrics.MetricsFile | None = None
         self.tracker: Tracker = NoTracker()
         store.peers.first(self._open_outputs)
+        self.job_end = JobEnd()
         self.throughput = metrics.Throughput()
         self.buckets, self.codebook = TimeBuckets(), CodebookUsage()
+        self.stragglers = StragglerReport(self.engine.module, mesh, config.watching.slow_rank_ratio)
+        self._fingerprint = 0
         self._losses: list[float] = []
         self._tokens_per_step = config.training.global_batch_sequences * identity.length_tokens
         # Backward costs twice the forward (PaLM, appendix B).
@@ -214,8 +227,10 @@ class TrainingRun:
 
     def _loop(self, stop: StopFlag) -> None:
         config = self.config
+        stop.answers_interrupts = True  # from here on a signal is answered at the next step
         if self.mesh.world_size > 1:
             vocab_size = self.identity.vocabulary.size
+            self.console.say(f"{self.mesh.world_size} ranks: {self.mesh.rank_map}")
             self.console.say(describe_layout(config, self.mesh.world_size, vocab_size, self.stage_units))
         for line in cautions(config):
             self.console.say(f"warning: {line}")
@@ -223,6 +238,7 @@ class TrainingRun:
             self.console.say(f"nothing to do: step {self.first_step} of {config.training.steps} is reached")
         elif self.first_step:
             self.console.say(f"resumed from the checkpoint of step {self.first_step}")
+        self.watch.opened(self.identity.run_id, self.first_step)
         with self._stream() as stream:
             self.throughput.restart()
             for step in range(self.first_step, config.training.steps):
@@ -240,6 +256,7 @@ class TrainingRun:
                     self.mesh,
                     self.checkpointer,
                     stop.signal_name is not None,
+                    self.mesh.is_main and self.job_end.is_too_near(self.checkpointer.save_s),
                 )
                 self._after_step(step + 1, result, stream)
                 if result.stop_requested and step + 1 < config.training.steps:
@@ -273,6 +290,8 @@ class TrainingRun:
         last = step == config.training.steps
         self.throughput.tokens += self._tokens_per_step
         self._losses.append(result.loss)
+        self._fingerprint += result.fingerprint
+        self.watch.step(step, result.loss)
         for terms in result.terms:
             self.buckets.add(terms)
             self.codebook.add(terms)
@@ -285,11 +304,14 @@ class TrainingRun:
         paused_s = time.perf_counter()
         if result.save_ended:
             self._finish_save()
+        if saves and result.too_late_to_save:
+            self._refuse_save(step)
         if result.stop_requested:
             self._save(step)  # first, as the scheduler may not wait for a validation
         if validates:
             try:
-                record |= self._validate(step)
+                with self.watch.during("validating"):
+                    record |= self._validate(step)
             except UserError:  # on all ranks, see `Engine.evaluation`
                 self._finish_save()
                 raise
@@ -322,7 +344,13 @@ class TrainingRun:
             "memory_bytes": metrics.memory_bytes(self.mesh.device),
             **buckets.metrics(),
             **usage_metrics(code_counts),
+            **self._data_record(result),
         }
+        straggler = self.stragglers.find(stream.data_wait_s)
+        if straggler is not None:
+            record |= straggler.record()
+        if news := self.watch.slow(step, straggler):
+            self.console.say(news)
         if self.distillation is not None:
             record["round"] = self.distillation.round_of(step - 1)
         stream.data_wait_s = 0.0
@@ -331,6 +359,17 @@ class TrainingRun:
         self._losses.clear()
         self.throughput.restart()
         return record
+
+    def _data_record(self, result: StepResult) -> dict[str, Any]:
+        """What identifies the data of the steps since the last record, and the samples of the newest one."""
+        # Each rank's is below MODULUS, so that the sum is exact.
+        total = self.mesh.sum(np.array([self._fingerprint % MODULUS], np.float64))[0]
+        self._fingerprint = 0
+        numbers = self.mesh.gather_numbers(np.array(result.sample_numbers))
+        return {
+            "data_fingerprint": int(total) % MODULUS,
+            "sample_numbers": [int(numbers[:, 0].min()), int(numbers[:, 1].max())],
+        }
 
     def _validate(self, step: int) -> dict[str, Any]:
         config, mesh = self.config, self.mesh
@@ -361,14 +400,29 @@ class TrainingRun:
         if in_background:
             self.checkpointer.start(step, state)
         else:
-            self.checkpointer.save(step, state)
+            with self.watch.during("saving"):
+                self.checkpointer.save(step, state)
+            self.watch.saved(step)
             self._purge()
+
+    def _refuse_save(self, step: int) -> NoReturn:
+        """Nothing that is trained from here on could be kept by this job."""
+        self._finish_save()
+        saved = self.store.steps()
+        raise Preempted(
+            f"step {step} is not saved: the job ends in {self.job_end.left_s:.0f} s, and a save takes about "
+            f"{self.checkpointer.save_s:.0f} s; the checkpoint of step {saved[-1] if saved else 0} stands: run the "
+            "same command to go on"
+        )
 
     def _finish_save(self) -> None:
         """Wait for the save under way, if there is one, and commit it. Collective."""
         if self.store.under_way is not None:
+            step = self.store.under_way.step
             self._check_lock()
-            self.checkpointer.finish()
+            with self.watch.during("saving"):
+                self.checkpointer.finish()
+            self.watch.saved(step)
             self._purge()
 
     def _check_lock(self) -> None:
@@ -381,6 +435,7 @@ class TrainingRun:
         self.store.purge(keep.keep_last, keep.milestone_interval_steps, teachers)
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
+        self.watch.record(record, self.stragglers.ratio)
         if self.file is not None:
             self.file.write({**record, "unix_time_s": time.time()})
         self.console.record(record)

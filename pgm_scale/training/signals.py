@@ -1,25 +1,39 @@
-"""A signal only sets a flag; the ranks agree on it at the next step boundary and save together."""
+"""When a run must stop: a signal only sets a flag, which the ranks agree on at the next step boundary, to save together.
+
+And when that is too late: a save is started only if it ends before the scheduler ends the job.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Self
 
 # Slurm and cloud schedulers send TERM; submitit and `sbatch --signal` send USR2; INT is a person's Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+_SAVE_FACTOR, _SAVE_MARGIN_S = 1.5, 5.0  # a save may take so much longer than the longest before it
 
 
 class StopFlag:
-    """Raised by the first of `STOP_SIGNALS`; later ones change nothing, so a save is never interrupted."""
+    """Raised by the first of `STOP_SIGNALS`; later ones change nothing, so a save is never interrupted.
+
+    Entered before torch is imported, which takes seconds: a job that is told to stop while it starts is requeued
+    too. A launcher may have blocked the signals until then. Ctrl-C ends the process as long as `answers_interrupts`
+    is False, when there is nothing to save yet.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.answers_interrupts = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(
@@ -29,5 +43,23 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and not self.answers_interrupts:
+            raise KeyboardInterrupt
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
+
+
+class JobEnd:
+    """The end of this process's job, from SLURM_JOB_END_TIME (seconds of Unix time); without it there is none."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        end = environment.get("SLURM_JOB_END_TIME", "")
+        self._end_unix_s = float(end) if end.isdecimal() else float("inf")
+
+    @property
+    def left_s(self) -> float:
+        return self._end_unix_s - time.time()
+
+    def is_too_near(self, save_s: float) -> bool:
+        """Whether a save might not end in time, if one takes `save_s` (0: not known yet)."""
+        return self.left_s < _SAVE_FACTOR * save_s + _SAVE_MARGIN_S

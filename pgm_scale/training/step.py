@@ -20,6 +20,7 @@ from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import learning_rate
 from pgm_scale.training.checkpointing import Checkpointer
 from pgm_scale.training.ema import ExponentialMovingAverage
+from pgm_scale.watching.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,24 @@ class MicroBatch:
     inputs: Any
     scored_tokens: int
     sample_numbers_B: np.ndarray
+    fingerprint: int
 
 
 def prepare_micro_batch(objective: Objective, batch: TokenBatch, draws: DrawSpec) -> MicroBatch:
     inputs = objective.training_inputs(batch, draws)
-    return MicroBatch(inputs, objective.loss_tokens(batch, inputs), batch.sample_numbers_B)
+    scored_tokens = objective.loss_tokens(batch, inputs)
+    return MicroBatch(inputs, scored_tokens, batch.sample_numbers_B, fingerprint(batch))
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global values of one step, equal on all ranks, and this rank's terms for the log (on the last stage).
+    """Global values of one step, equal on all ranks, and this rank's terms (on the last stage) and data for the log.
 
     Attributes:
         save_ended: all ranks have written their parts of the save under way, or one could not.
+        too_late_to_save: a save that is started now may not end before the job does.
+        fingerprint: of this rank's sequences, see `watching.fingerprint`.
+        sample_numbers: the lowest and the highest of this rank's.
     """
 
     loss: float
@@ -50,7 +56,10 @@ class StepResult:
     learning_rate: float
     stop_requested: bool
     save_ended: bool
+    too_late_to_save: bool
     terms: list[LossTerms]
+    fingerprint: int
+    sample_numbers: tuple[int, int]
 
 
 def training_step(
@@ -63,6 +72,7 @@ def training_step(
     mesh: Mesh,
     checkpointer: Checkpointer,
     stop_requested: bool,
+    too_late_to_save: bool = False,
 ) -> StepResult:
     """Update the weights with the mean loss over the scored tokens of the global batch.
 
@@ -96,8 +106,14 @@ def training_step(
         micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)
     )
     loss = float(sum(losses))  # 0 on the stages of a pipeline that do not compute it
-    flags = [not math.isfinite(loss), stop_requested, checkpointer.is_writing, checkpointer.has_failed]
-    refused, stops, save_writes, save_failed = mesh.any(np.array(flags, np.float64))
+    flags = [
+        not math.isfinite(loss),
+        stop_requested,
+        checkpointer.is_writing,
+        checkpointer.has_failed,
+        too_late_to_save,
+    ]
+    refused, stops, save_writes, save_failed, too_late = map(bool, mesh.any(np.array(flags, np.float64)))
     if refused:
         _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)
     global_loss = float(mesh.sum(np.array([loss]))[0])
@@ -108,9 +124,20 @@ def training_step(
         _refuse_non_finite("gradient norm", step, True, batches, mesh)
     if ema is not None:
         ema.update()
-    save_ended = bool(save_failed or not save_writes)
-    norm = engine.gradient_norm
-    return StepResult(global_loss, int(scored_tokens), norm, rate, bool(stops), save_ended, kept)
+    save_ended = save_failed or not save_writes
+    numbers = np.concatenate([batch.sample_numbers_B for batch in batches])
+    return StepResult(
+        loss=global_loss,
+        scored_tokens=int(scored_tokens),
+        gradient_norm=engine.gradient_norm,
+        learning_rate=rate,
+        stop_requested=stops,
+        save_ended=save_ended,
+        too_late_to_save=too_late,
+        terms=kept,
+        fingerprint=sum(batch.fingerprint for batch in batches),
+        sample_numbers=(int(numbers.min()), int(numbers.max())),
+    )
 
 
 def seed_dropout(*coordinates: int) -> None:

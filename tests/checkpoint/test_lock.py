@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from pgm_scale.checkpoint.lock import Holder, RunLock, _start_ticks
+from pgm_scale.checkpoint.lock import RunLock
 from pgm_scale.errors import UserError
+from pgm_scale.holder import Holder, start_ticks
 from tests.checkpoint.support import in_child
 
 FAST = {"heartbeat_interval_s": 0.05, "dead_after_s": 0.6}
@@ -117,7 +118,7 @@ def test_a_lock_that_was_taken_over_is_noticed_and_left_alone(tmp_path):
 
 def living_holder() -> dict[str, Any]:
     """Our parent process, as if it held the lock."""
-    return {"pid": os.getppid(), "start_ticks": _start_ticks(os.getppid())}
+    return {"pid": os.getppid(), "start_ticks": start_ticks(os.getppid())}
 
 
 def test_a_faster_starter_is_not_evicted(tmp_path, monkeypatch):

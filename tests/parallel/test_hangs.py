@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pgm_scale.checkpoint.lock import Holder
+from pgm_scale.holder import Holder
 from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, describe, find_culprits
 
 TIMEOUT_S = 10.0

@@ -46,7 +46,10 @@ def _train_all(mesh: Mesh, configs: list[RunConfig]) -> None:
 def _records(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     timings = ("tokens_per_second", "data_wait_s", "checkpoint_s", "memory_bytes", "unix_time_s")
-    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timings and not k.startswith("slowest_")}
+        for line in lines
+    ]
 
 
 def _state(run: Path, step: int) -> dict[tuple[str, str], np.ndarray]:

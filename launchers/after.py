@@ -1,0 +1,196 @@
+"""`python -m launchers.after`: in the batch script, when all tasks have ended: what becomes of the job.
+
+Prints the commands of Slurm to run, for the script to evaluate: in a container there is no scontrol. Says on
+stderr why. A job is requeued once, by its batch script, whatever ended its tasks:
+
+- stopped by a signal after saving (exit code 75), a rank that hung or died (4, or above 128), or an error of ours
+  or of the machine (1): requeued, unless that has been so for several attempts without a new checkpoint;
+- bad input (2), a loss that is not finite (3): not requeued;
+- Slurm is cancelling or requeuing the job itself: left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgm_scale.errors import NonFiniteError, UserError
+
+_FINAL = {
+    0: "done",
+    UserError.exit_code: "bad input",
+    NonFiniteError.exit_code: "a loss or gradient that is not finite",
+}
+_NODE = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job, when it has ended.
+
+    Attributes:
+        step: the newest checkpoint of its run then; -1 where there is none.
+    """
+
+    restart: int
+    code: int
+    step: int
+    unix_time_s: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    commands: tuple[str, ...]
+    reason: str
+    is_crash_loop: bool = False
+
+
+def decide(code: int, state: str, job_id: str, attempts: list[Attempt], most_restarts: int) -> Decision:
+    """Whether to requeue.
+
+    Args:
+        code: srun's exit code, the highest of the tasks'.
+        state: the line of `scontrol --oneliner show job`.
+        attempts: of this job, the one that has just ended last.
+    """
+    if code in _FINAL:
+        return Decision((), f"not requeued: {_FINAL[code]} (exit code {code})")
+    if not _may_requeue(state):
+        return Decision((), f"not requeued by us: Slurm says {_field(state, 'JobState')} of the job")
+    idle = 0
+    for attempt in reversed(attempts):
+        idle += attempt.step == attempts[-1].step
+        if attempt.step != attempts[-1].step:
+            break
+    if idle > most_restarts:
+        return Decision(
+            (),
+            f"not requeued: {idle} attempts in a row ended (the last with exit code {code}) without a new "
+            "checkpoint; look at the logs, then launch the same command again",
+            is_crash_loop=True,
+        )
+    return Decision((f"scontrol requeue {job_id}",), f"requeued after exit code {code}")
+
+
+def _may_requeue(state: str) -> bool:
+    """While Slurm ends the job itself, requeuing would undo a cancellation or count twice."""
+    job_state, reason = _field(state, "JobState"), _field(state, "Reason")
+    return job_state == "RUNNING" or (job_state in ("COMPLETING", "TIMEOUT") and reason == "TimeLimit")
+
+
+def _field(line: str, name: str) -> str:
+    found = re.search(rf"(?:^|\s){name}=(\S+)", line)
+    return found[1] if found else "nothing"
+
+
+def exclude_bad_nodes(report: Path, next_jobs: list[str], code: int) -> Decision:
+    """After a preflight: keep the jobs that wait for it away from bad nodes, or end them if it failed otherwise."""
+    try:
+        bad_nodes = [str(node) for node in json.loads(report.read_text())["bad_nodes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        bad_nodes = []
+    if code == 0 or not next_jobs:
+        return Decision((), f"preflight ended with exit code {code}")
+    if not bad_nodes or not all(map(_NODE.fullmatch, bad_nodes)):
+        return Decision(
+            tuple(f"scancel {job}" for job in next_jobs),
+            "preflight failed and named no node: cancelled what follows",
+        )
+    nodes = ",".join(bad_nodes)
+    return Decision(
+        tuple(f"scontrol update JobId={job} ExcNodeList={nodes}" for job in next_jobs),
+        f"the jobs that follow leave out {nodes}",
+    )
+
+
+def record_attempt(folder: Path, job: str, code: int, run_folder: str | None) -> list[Attempt]:
+    """Add the attempt that has ended to <job>_attempts.jsonl; returns all of this job."""
+    path = folder / f"{job}_attempts.jsonl"
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    attempts = read_attempts(path)
+    attempts.append(Attempt(restart, code, newest_step(run_folder), time.time()))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(vars(attempts[-1])) + "\n")
+    return attempts
+
+
+def read_attempts(path: Path) -> list[Attempt]:
+    attempts = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            attempts.append(Attempt(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue  # cut by a full disk
+    return attempts
+
+
+def newest_step(run_folder: str | None) -> int:
+    """By the names of the step folders: reading them needs no torch, which takes seconds to import."""
+    if run_folder is None:
+        return -1
+    names = (path.name for path in (Path(run_folder) / "checkpoints").glob("step_*"))
+    return max((int(name.removeprefix("step_")) for name in names if name[5:].isdecimal()), default=-1)
+
+
+def _job_file(folder: Path, job: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / f"{job}_job.json").read_text()))
+    except (OSError, ValueError):
+        return {}  # no task has come so far
+
+
+def _alert(run_folder: Path, reason: str) -> None:
+    """Tell whom the run tells of its events."""
+    from pgm_scale import config as configuration
+    from pgm_scale.watching.alerts import alert
+
+    try:
+        config = configuration.load(run_folder / "config.yaml")
+    except UserError as error:
+        print(f"nobody is alerted: {error}", file=sys.stderr)
+        return
+    alert(config.watching, "crash_loop", run_folder, reason)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="submitit's folder")
+    parser.add_argument("--exit-code", type=int, required=True, help="of srun")
+    parser.add_argument("--state", required=True, help="what `scontrol --oneliner show job` says")
+    parser.add_argument(
+        "--restarts", type=int, required=True, help="at most so many without a new checkpoint"
+    )
+    options = parser.parse_args()
+    from launchers.job import slurm_job_name
+
+    job = slurm_job_name(os.environ)
+    about = _job_file(options.folder, job)
+    attempts = record_attempt(options.folder, job, options.exit_code, about.get("run_folder"))
+    next_jobs = options.folder / f"{job}_next.json"
+    if next_jobs.exists():  # of a preflight
+        decision = exclude_bad_nodes(
+            options.folder / "preflight.json", json.loads(next_jobs.read_text()), options.exit_code
+        )
+    else:
+        decision = decide(
+            options.exit_code, options.state, os.environ["SLURM_JOB_ID"], attempts, options.restarts
+        )
+    print(f"{job}: {decision.reason}", file=sys.stderr)
+    if decision.is_crash_loop and about.get("run_folder"):
+        _alert(Path(about["run_folder"]), decision.reason)
+    for command in decision.commands:
+        print(command)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a job asks of its cluster: the `slurm` section of a cluster file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pgm_scale.config import parse, read_yaml
+from pgm_scale.errors import UserError
+
+# Not MM:SS, which Slurm knows too and people take for HH:MM.
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d{1,2}):(?P<seconds>\d{1,2})")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """One job: what sbatch and srun are asked for, and what is set before the command.
+
+    Attributes:
+        tasks_per_node: processes of a node; None is one a GPU, and one on a node without.
+        memory_gb_per_node: 0 is all of it; None does not ask.
+        time: of the job, as HH:MM:SS, D-HH:MM:SS or minutes.
+        gres: asks for the GPUs instead of --gpus-per-node, where a cluster wants it so (gpu:a100:4).
+        launcher: srun starts each process; with torchrun srun starts one torchrun a node, which starts them.
+        container: stands before the Python command (apptainer exec --nv pgm-scale.sif). Pyxis goes into `srun`.
+        python: the interpreter on the nodes; None is the one that submits.
+        signal_before_s: how long before the time limit a training is told to save and be requeued.
+        exit_grace_s: how long the other tasks may go on when one has ended; then Slurm ends them.
+        restarts_without_progress: so often a job that fails is requeued without a new checkpoint in between.
+        sbatch, srun: further options, by name without the dashes, and as words.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    memory_gb_per_node: int | None = None
+    time: str = "24:00:00"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
+    exclude: str | None = None
+    exclusive: bool = False
+    launcher: Literal["srun", "torchrun"] = "srun"
+    container: str | None = None
+    python: str | None = None
+    modules: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    signal_before_s: int = 120
+    exit_grace_s: int = 120
+    restarts_without_progress: int = 3
+    sbatch: dict[str, str] = field(default_factory=dict)
+    srun: tuple[str, ...] = ()
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.processes_per_node
+
+    @property
+    def slurm_tasks_per_node(self) -> int:
+        return 1 if self.launcher == "torchrun" else self.processes_per_node
+
+    @property
+    def minutes(self) -> int:
+        """Of `time`, rounded up, as submitit takes it."""
+        return minutes_of(self.time)
+
+
+def minutes_of(time: str) -> int:
+    """Raises: ValueError: not a time of Slurm's."""
+    if time.isascii() and time.isdecimal():
+        return int(time)
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise ValueError(time)
+    days, hours, minutes, seconds = (
+        int(found[part] or 0) for part in ("days", "hours", "minutes", "seconds")
+    )
+    return (days * 24 + hours) * 60 + minutes + (seconds > 0)
+
+
+def load_slurm_job(
+    path: str | Path, command: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> SlurmJob:
+    """The `slurm` section of a cluster file for one command.
+
+    Later ones win: `defaults`, the section, its `jobs.<command>`, `settings` of the command line. Of a command
+    with `defaults` the section's nodes, GPUs and tasks are not taken over: those are of trainings.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    section = read_yaml(path).get("slurm")
+    if not isinstance(section, dict):
+        raise UserError(f"{path} has no `slurm` section; give a cluster file with one (configs/clusters/)")
+    tree, problems = dict(section), list[str]()
+    jobs = tree.pop("jobs", {})
+    if not isinstance(jobs, dict) or not all(isinstance(part, dict) for part in jobs.values()):
+        raise UserError(f"{path}: slurm.jobs: expected a mapping of commands to mappings, found {jobs!r}")
+    tree |= dict(defaults or {})
+    tree |= jobs.get(command, {}) | dict(settings)
+    if type(tree.get("time")) is int:
+        tree["time"] = str(tree["time"])
+    job = parse(SlurmJob, tree, problems, "slurm")
+    if job is not None:
+        problems += _problems(job)
+    if job is None or problems:
+        raise UserError(
+            f"{path}: {len(problems)} problem(s) in the slurm section for {command}:\n  "
+            + "\n  ".join(problems)
+        )
+    return job
+
+
+def _problems(job: SlurmJob) -> list[str]:
+    problems = [
+        f"slurm.{name}: {getattr(job, name)} must be at least {least}"
+        for name, least in (
+            ("nodes", 1),
+            ("gpus_per_node", 0),
+            ("tasks_per_node", 1),
+            ("cpus_per_task", 1),
+            ("memory_gb_per_node", 0),
+            ("signal_before_s", 0),
+            ("exit_grace_s", 1),
+            ("restarts_without_progress", 0),
+        )
+        if getattr(job, name) is not None and getattr(job, name) < least
+    ]
+    problems += [
+        f"slurm.environment: {name!r} is not a variable's name"
+        for name in job.environment
+        if not _VARIABLE.fullmatch(name)
+    ]
+    problems += [
+        f"slurm.sbatch: {name!r} has a key of its own here; use slurm.{name.replace('-', '_')}"
+        for name in job.sbatch
+        if name.replace("-", "_") in SlurmJob.__dataclass_fields__
+    ]
+    try:
+        if job.minutes < 1:
+            problems.append(f"slurm.time: {job.time} must be at least a minute")
+        elif job.signal_before_s >= 60 * job.minutes:
+            problems.append(
+                f"slurm.signal_before_s: {job.signal_before_s} s before its end a job of {job.time} has not begun"
+            )
+    except ValueError:
+        problems.append(f"slurm.time: {job.time!r} is not HH:MM:SS, D-HH:MM:SS or a number of minutes")
+    if job.gpus_per_node and job.processes_per_node > job.gpus_per_node:
+        problems.append(
+            f"slurm.tasks_per_node: {job.processes_per_node} processes on {job.gpus_per_node} GPUs; start one a GPU"
+        )
+    return problems

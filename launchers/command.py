@@ -1,0 +1,172 @@
+"""The commands that can be jobs: how many processes they are, what they are called, where their files go."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launchers.cluster import SlurmJob, load_slurm_job
+from launchers.job import Job
+from launchers.sweep import expand
+from pgm_scale import config as configuration
+from pgm_scale.config import RunConfig
+from pgm_scale.errors import UserError
+
+TRAININGS = ("train", "distill")
+# One process each; what they take over of the cluster's section, if its `jobs` say nothing else.
+_ONE_PROCESS = {"nodes": 1, "tasks_per_node": 1, "gres": None, "exclusive": False, "launcher": "srun"}
+SINGLE: dict[str, dict[str, Any]] = {
+    "prepare": _ONE_PROCESS | {"gpus_per_node": 0},
+    "convert": _ONE_PROCESS | {"gpus_per_node": 0},
+    "export": _ONE_PROCESS | {"gpus_per_node": 0},
+    "eval": _ONE_PROCESS,
+    "eval-images": _ONE_PROCESS,
+    "sample": _ONE_PROCESS,
+    "report": _ONE_PROCESS | {"gpus_per_node": 0},
+}
+LAUNCHABLE = (*TRAININGS, *SINGLE, "preflight")
+PREFLIGHT_REPORT = "preflight.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of a chain: a job, or the array of a sweep.
+
+    Attributes:
+        folder: submitit's, for the pickles, the sbatch text and the logs.
+        cluster: the cluster file.
+    """
+
+    command: str
+    name: str
+    folder: Path
+    cluster: str
+    slurm: SlurmJob
+    jobs: tuple[Job, ...]
+
+    @property
+    def is_preflight(self) -> bool:
+        return self.command == "preflight"
+
+
+def build_stage(
+    command: str,
+    arguments: Sequence[str],
+    cluster: str,
+    settings: Mapping[str, Any],
+    name: str | None = None,
+    follows: bool = False,
+) -> Stage:
+    """Check a command as far as that is possible now, and find its place.
+
+    Args:
+        settings: of the `slurm` section, from the command line.
+        follows: another job comes before it, so its input may not be there yet.
+
+    Raises:
+        UserError: everything that the command itself would refuse at once.
+    """
+    if command not in LAUNCHABLE:
+        raise UserError(f"{command!r} cannot be launched; known are {', '.join(LAUNCHABLE)}")
+    slurm = load_slurm_job(cluster, command, settings, _single(command, cluster))
+    if command in TRAININGS:
+        return _training_stage(command, arguments, cluster, slurm, name, follows)
+    stage_name = name or command
+    folder = Path("jobs", _file_name(stage_name)).absolute()
+    words = (command, *arguments)
+    if command == "preflight":
+        words = ("doctor", *arguments, "--cluster", "--json", str(folder / PREFLIGHT_REPORT))
+    _parse(words)
+    return Stage(command, stage_name, folder, cluster, slurm, (_job(words, slurm),))
+
+
+def _single(command: str, cluster: str) -> dict[str, Any] | None:
+    """A single process takes one GPU where the cluster's trainings take several."""
+    if command not in SINGLE:
+        return None
+    defaults = SINGLE[command]
+    if "gpus_per_node" in defaults:
+        return defaults
+    section = configuration.read_yaml(cluster).get("slurm")
+    gpus = section.get("gpus_per_node", 0) if isinstance(section, dict) else 0
+    return defaults | {"gpus_per_node": int(bool(gpus))}
+
+
+def _training_stage(
+    command: str, arguments: Sequence[str], cluster: str, slurm: SlurmJob, name: str | None, follows: bool
+) -> Stage:
+    jobs, sweep = [], expand(arguments)
+    base = _training_config((command, *sweep[0][0]), slurm, follows)
+    for words, suffix in sweep:
+        if suffix:
+            words = (*words, f"folder={base.folder}-{suffix}", f"name={base.name}-{suffix}")
+        _parse((command, *words))
+        config = _training_config((command, *words), slurm, follows) if suffix else base
+        jobs.append(_job((command, *words), slurm, str(Path(config.folder).absolute())))
+    parent = Path(base.folder).absolute()
+    folder = parent.with_name(parent.name + "-sweep") if len(jobs) > 1 else parent
+    return Stage(command, name or base.name, folder / "jobs", cluster, slurm, tuple(jobs))
+
+
+def _job(words: tuple[str, ...], slurm: SlurmJob, run_folder: str | None = None) -> Job:
+    return Job(
+        words, slurm.nodes, slurm.processes_per_node, slurm.launcher, run_folder, run_folder is not None
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is known of a distillation whose teacher is still to be trained."""
+
+    folder: str
+    name: str
+
+
+def _training_config(words: tuple[str, ...], slurm: SlurmJob, follows: bool) -> RunConfig | _Place:
+    from pgm_scale.parallel.layout import layout_problems
+    from pgm_scale.training.teacher_model import fill_in_model
+
+    if len(words) < 2:
+        raise UserError(f"launch {words[0]}: give a configuration (CONFIG.yaml)")
+    path, *overrides = words[1:]
+    check = partial(layout_problems, world_size=slurm.processes)
+    try:
+        config = configuration.load(path, overrides, check, fill_in_model)
+    except UserError as error:
+        if not follows or "objective.teacher" not in str(error):
+            raise
+        # Its model is that of a teacher which an earlier job will make.
+        return _Place(*_folder_and_name(path, overrides))
+    if words[0] == "distill" and config.objective.kind != "sdtt":
+        raise UserError(
+            f"{path}: distill needs a configuration with objective.kind sdtt; launch train for others"
+        )
+    return config
+
+
+def _folder_and_name(path: str, overrides: Sequence[str]) -> tuple[str, str]:
+    tree = configuration.read_yaml(path)
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    return given.get("folder", str(tree.get("folder"))), given.get("name", str(tree.get("name", "run")))
+
+
+def _parse(words: Sequence[str]) -> None:
+    """As the command itself would; argparse says what is wrong and ends the process."""
+    from pgm_scale.cli import parse_arguments
+
+    parse_arguments(words)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+=-]+", "_", text)
+
+
+def with_exclusions(stage: Stage, nodes: str) -> Stage:
+    """The stage on other nodes than these, besides those that it leaves out already."""
+    exclude = ",".join(filter(None, (stage.slurm.exclude, nodes)))
+    return dataclasses.replace(stage, slurm=dataclasses.replace(stage.slurm, exclude=exclude))

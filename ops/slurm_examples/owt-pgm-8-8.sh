@@ -1,0 +1,47 @@
+#!/bin/bash
+# pgm-scale launch train configs/owt.yaml folder=/shared/runs/owt-pgm-8-8 --cluster
+# configs/clusters/a100-4x.yaml --nodes 4 --name owt-pgm-8-8
+# submits this, and with --dry-run prints it; without slurm.python, the interpreter is the one that launches.
+# Written by `python -m ops.slurm_examples`. The command itself is in the pickle that launch writes into the run
+# folder: to use the text alone, put `-m pgm_scale.cli train CONFIG ...` in the place of `-u -m
+# submitit.core._submit FOLDER`.
+
+# Parameters
+#SBATCH --account=my-project
+#SBATCH --constraint=a100_80gb
+#SBATCH --cpus-per-task=8
+#SBATCH --error=/shared/runs/owt-pgm-8-8/jobs/%j_0_log.err
+#SBATCH --gres=gpu:a100:4
+#SBATCH --job-name=owt-pgm-8-8
+#SBATCH --mem=480GB
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/owt-pgm-8-8/jobs/%j_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=1200
+
+# setup
+module load python/3.11
+# Without it, a signal would end this script before what comes after srun.
+trap : TERM USR2
+# A training starts a save only if it fits into the time that is left.
+export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s)}"
+# Rank 0 runs on this node; a port that nobody listens on, another one after each restart.
+MASTER_ADDR="$SLURMD_NODENAME"; getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR="$(hostname)"
+port="$(( 20000 + (SLURM_JOB_ID * 131 + ${SLURM_RESTART_COUNT:-0} * 7919) % 12000 ))"
+while (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port="$(( port + 1 ))"; done
+export MASTER_ADDR MASTER_PORT="$port"
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/owt-pgm-8-8/jobs/%j_%t_log.out --error /shared/runs/owt-pgm-8-8/jobs/%j_%t_log.err --wait=120 --kill-on-bad-exit=0 --cpus-per-task=8 /shared/pgm-scale/.venv/bin/python -u -m submitit.core._submit /shared/runs/owt-pgm-8-8/jobs
+
+
+# teardown
+code=$?
+state="$(scontrol --oneliner show job "$SLURM_JOB_ID")"
+commands="$(/shared/pgm-scale/.venv/bin/python -m launchers.after /shared/runs/owt-pgm-8-8/jobs --exit-code "$code" --state "$state" --restarts 3)"
+eval "$commands"
+exit "$code"

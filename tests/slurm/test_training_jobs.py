@@ -1,0 +1,172 @@
+"""Trainings on a real Slurm of two nodes with two tasks each: they go on, whatever stops them."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ops.slurm_local.cluster import LocalSlurm
+from tests.slurm.jobs import (
+    CLUSTER,
+    Cluster,
+    Job,
+    assert_holds_no_secret,
+    assert_same_training,
+    records,
+    tracker_runs,
+)
+
+LAST_STEP = 150
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def cluster(slurm: LocalSlurm) -> Cluster:
+    return Cluster(slurm)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slurm")
+
+
+@pytest.fixture(scope="module")
+def data(cluster: Cluster, folder: Path) -> Path:
+    cluster.pgm_scale("prepare", "python-docs", "--format", "tar", "--output", str(folder / "data"))
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def reference(cluster: Cluster, data: Path, folder: Path) -> Path:
+    """The run that nothing has stopped."""
+    job = cluster.train(data, folder / "reference")
+    job.wait_until_finished()
+    assert job.restarts == 0
+    return job.run
+
+
+def finished(job: Job, reference: Path) -> None:
+    """The job has gone on to its end, as one run for the tracker and for anyone who compares."""
+    job.wait_until_finished()
+    assert_same_training(job.run, reference)
+    assert len(tracker_runs(job.run)) == 1
+    assert_holds_no_secret(job.run)
+
+
+def test_the_uninterrupted_run(reference: Path) -> None:
+    assert records(reference)[-1]["step"] == LAST_STEP
+    assert_holds_no_secret(reference)
+
+
+def test_time_limit(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    """Slurm sends USR2 before the end of the minute, as it asks every 30 s whether one is near."""
+    steps = "training.steps=150"
+    job = cluster.train(data, folder / "limit", "--time", "1", steps)
+    job.wait_for_restart()
+    assert 0 < job.step < LAST_STEP
+    finished(job, reference)
+    assert job.restarts >= 1
+    assert "stopped by a signal" in job.logs
+
+
+def test_plain_requeue(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    job = cluster.train(data, folder / "requeue")
+    job.wait_for_step(40)
+    cluster.slurm.run("scontrol", "requeue", job.id)
+    finished(job, reference)
+    assert job.restarts == 1
+
+
+def test_the_same_signal_twice(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    job = cluster.train(data, folder / "twice")
+    job.wait_for_step(40)
+    cluster.slurm.run("scancel", "--signal=USR2", job.id)
+    cluster.slurm.run("scancel", "--signal=USR2", job.id)
+    finished(job, reference)
+    assert job.restarts == 1
+    assert job.logs.count("requeued after exit code 75") == 1
+
+
+def test_sigterm_to_one_task(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    job = cluster.train(data, folder / "term")
+    job.wait_for_step(40)
+    job.task(2).send_signal(signal.SIGTERM)
+    finished(job, reference)
+    assert job.restarts == 1
+    assert job.logs.count("requeued after exit code 75") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_kill_of_one_task(cluster: Cluster, data: Path, folder: Path, reference: Path, rank: int) -> None:
+    job = cluster.train(data, folder / f"kill-{rank}")
+    job.wait_for_step(60)
+    job.task(rank).kill()
+    finished(job, reference)
+    assert job.restarts == 1
+    assert f"rank {rank}" in job.logs
+    assert "requeued after exit code 137" in job.logs
+
+
+def test_a_stopped_task_is_named_with_its_stack(
+    cluster: Cluster, data: Path, folder: Path, reference: Path
+) -> None:
+    """Within `parallel.timeout_s` and, as a stopped task cannot end itself, `exit_grace_s` of the cluster."""
+    job = cluster.train(data, folder / "stopped", "parallel.timeout_s=15")
+    job.wait_for_step(60)
+    job.task(3).suspend()
+    stopped_s = time.monotonic()
+    job.wait_for_restart()
+    assert time.monotonic() - stopped_s < 15 + 20 + 25
+    assert "rank 3" in job.logs
+    assert "is stopped" in job.logs
+    stacks = (job.run / "hangs" / "rank-0.txt").read_text()
+    assert "rank 3" in stacks
+    assert "training_step" in stacks
+    finished(job, reference)
+
+
+def test_node_down_and_back(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    job = cluster.train(data, folder / "node")
+    job.wait_for_step(60)
+    cluster.slurm.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    job.wait_for_state("PENDING")
+    cluster.slurm.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    finished(job, reference)
+    assert job.restarts == 1
+
+
+def test_cancelled_is_not_requeued(cluster: Cluster, data: Path, folder: Path) -> None:
+    job = cluster.train(data, folder / "cancelled")
+    job.wait_for_step(30)
+    output = cluster.pgm_scale("launch", "cancel", str(job.run))
+    assert job.id in output
+    job.wait_for_state("CANCELLED")
+    assert job.restarts == 0
+    assert "stopped by a signal" in job.logs  # and saved
+
+
+def test_torchrun_on_each_node(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    path = folder / "torchrun.yaml"
+    path.write_text(CLUSTER.read_text() + "  launcher: torchrun\n")
+    job = cluster.train(data, folder / "torchrun", "--cluster", str(path))
+    job.wait_for_step(40)
+    cluster.slurm.run("scancel", "--signal=USR2", job.id)
+    finished(job, reference)
+    assert job.restarts == 1
+
+
+def test_a_chain(cluster: Cluster, folder: Path) -> None:
+    """Prepared, trained and exported by one command, each after the one before has ended well."""
+    data, run, exported = folder / "chain-data", folder / "chain", folder / "exported"
+    words = [
+        *("prepare", "python-docs", "--format", "tar", "--output", str(data), "--cluster", str(CLUSTER)),
+        *("--then", "train", "configs/demo.yaml", f"folder={run}", f"data.train={data / 'train'}"),
+        *(f"data.validation={data / 'validation'}", "training.micro_batch_sequences=4", "training.steps=10"),
+        *("--then", "export", str(run), "--out", str(exported)),
+    ]
+    ids = cluster.launch(*words)
+    jobs = [Job(cluster.slurm, job, run) for job in ids]
+    assert len(jobs) == 3
+    jobs[-1].wait_until_finished()
+    assert (exported / "model.safetensors").exists()
