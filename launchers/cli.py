@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,10 +143,11 @@ def _print_texts(stages: list[Stage], after: str | None) -> None:
 
     dependency = f"afterok:{after}" if after else None
     for stage in stages:
+        text = sbatch_text(stage, dependency)
         for index, job in enumerate(stage.jobs):
             place = f" (array index {index})" if len(stage.jobs) > 1 else ""
-            print(f"# {stage.name}{place}: pgm-scale {' '.join(job.words)}")
-        print(sbatch_text(stage, dependency))
+            print(f"# {stage.name}{place}: pgm-scale {shlex.join(job.words)}")
+        print(text)
         dependency = dependency_on(stage, [f"<id of {stage.name}>"])
 
 
@@ -190,11 +192,14 @@ def _refuse_second_job(stage: Stage) -> None:
     """
     from launchers.records import read_launches
     from launchers.slurm import show_jobs
+    from launchers.status import view_of
 
-    if stage.command not in TRAININGS:
+    if stage.command not in TRAININGS or not stage.folder.exists():
         return
-    ids = [launched.record.job_id for launched in read_launches(stage.folder)]
-    going_on = [view.id for view in show_jobs(ids).values() if not view.has_ended] if ids else []
+    records = [launched.record for launched in read_launches(stage.folder)]
+    views = show_jobs(record.job_id for record in records)
+    found = [view_of(record, views) for record in records]
+    going_on = [view.id for view in found if view is not None and not view.has_ended]
     if going_on:
         raise UserError(
             f"{stage.name}: job {', '.join(going_on)} of {stage.folder.parent} waits or runs already; cancel it "

@@ -42,6 +42,9 @@ class Job:
     answers_signals: bool = False
 
     def __call__(self) -> None:
+        signal.signal(
+            signal.SIGCONT, signal.SIG_DFL
+        )  # submitit tells of each, and Slurm sends it with the others
         # Blocked, not handled: one that comes while torch is imported waits for the command's own handler.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         if not self.answers_signals:

@@ -48,6 +48,7 @@ def sbatch_text(stage: Stage, dependency: str | None = None) -> str:
         executor.parameters["map_count"] = len(stage.jobs)
     text = executor._make_submission_file_text(executor._submitit_command_str, "")
     check_free_of_secrets(text, f"the sbatch text of {stage.name}", os.environ)
+    _check_words(stage)
     return text
 
 
@@ -59,8 +60,7 @@ def submit(stage: Stage, dependency: str | None = None) -> list[str]:
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    _check_words(stage)
-    sbatch_text(stage, dependency)
+    sbatch_text(stage, dependency)  # refuses secrets
     try:
         stage.folder.mkdir(parents=True, exist_ok=True)
         executor = _slurm_executor(stage, dependency)

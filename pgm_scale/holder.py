@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
-    """This machine as its users name it: by Slurm's name of the node, by which it can be excluded, or the host's."""
+    """This machine as its users name it: Slurm's name of the node, by which it can be excluded, or the host's."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 

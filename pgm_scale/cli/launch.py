@@ -15,8 +15,8 @@ exactly where its newest checkpoint is.
   pgm-scale launch status|logs|cancel RUN
 
 ACTION is train, distill, prepare, eval, eval-images, sample, convert, export, report or preflight, each with the
-arguments of its own command (preflight: of `doctor`), or status, logs or cancel. `pgm-scale launch ACTION --help` has
-the options."""
+arguments of its own command (preflight: of `doctor`), or status, logs or cancel. `pgm-scale launch ACTION --help`
+has the options."""
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

@@ -29,7 +29,7 @@ def _without_colons(pattern: re.Pattern[str]) -> re.Pattern[str]:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 without numbers in base 60: there 24:00:00 would be 86400."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (so the base class declares it)
         first: [(tag, _without_colons(pattern) if tag in _NUMBERS else pattern) for tag, pattern in resolvers]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

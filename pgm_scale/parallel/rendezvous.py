@@ -112,14 +112,14 @@ def _serve(launch: Launch, timeout_s: float) -> dist.TCPStore:
     except dist.DistError as error:
         if "EADDRINUSE" not in str(error):
             raise UserError(
-                f"rank 0 on {socket.gethostname()} cannot serve {server_address(launch)}: "
+                f"rank 0 on {node_name()} cannot serve {server_address(launch)}: "
                 f"{_first_line(error)}; is MASTER_ADDR the host of rank 0?"
             ) from None
     try:
         return within(_GRACE_S, lambda: _tcp_store(launch, _GRACE_S, is_master=False))
     except (TimeoutError, dist.DistError):
         raise UserError(
-            f"rank 0 on {socket.gethostname()} cannot serve port {launch.master_port}: another program has it; "
+            f"rank 0 on {node_name()} cannot serve port {launch.master_port}: another program has it; "
             "set another MASTER_PORT"
         ) from None
 

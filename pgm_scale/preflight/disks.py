@@ -18,7 +18,7 @@ from pgm_scale.preflight.setup import existing_folder
 
 _TOKEN_BYTES = 32
 _TRIAL_BYTES = 4 << 20
-_PATIENCE_S = 10.0  # a network file system may show a new file late
+_PATIENCE_S = 5.0  # a network file system may show a new file late
 _POLL_S = 0.2
 
 

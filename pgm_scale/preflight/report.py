@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ Verdict = Literal["ok", "warning", "bad", "unfinished"]
 
 _SHOWN_NODES = 8  # more are folded by what is wrong with them
 _SHOWN_PROBLEMS = 8  # of one check
+_CULPRIT = re.compile(r"rank (\d+) \(host")
 _WIDTH = 130  # where the output is a log file
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("matmul", "matmul", flops_text),
@@ -161,6 +163,19 @@ def write_json(path: str | Path, reports: Sequence[RankReport], limits: Limits, 
     """Replace the file, whole or not at all. An unfinished one is what is left if the all-reduces hang."""
     content = finite(to_mapping(reports, limits, finished))
     atomic_write_bytes(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+
+
+def add_hang(path: str | Path, line: str) -> None:
+    """Say in an unfinished file how the preflight ended, and exclude the nodes of the ranks that are named.
+
+    Args:
+        line: the watchdog's, in which a culprit is `rank 3 (host gpu007, pid 12) ...`.
+    """
+    tree = json.loads(Path(path).read_bytes())
+    culprits = {int(rank) for rank in _CULPRIT.findall(line)}
+    hung = {node for node, found in tree["nodes"].items() if not culprits.isdisjoint(found["ranks"])}
+    tree |= {"hang": line, "bad_nodes": sorted(hung.union(tree["bad_nodes"]))}
+    atomic_write_bytes(Path(path), (json.dumps(tree, indent=1) + "\n").encode())
 
 
 def to_mapping(reports: Sequence[RankReport], limits: Limits, finished: bool) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,11 +50,6 @@ def guarded(
 
 def worst(statuses: Iterable[Status]) -> Status:
     return max(statuses, key=SEVERITY.__getitem__, default="ok")
-
-
-def node_name(environment: Mapping[str, str] = os.environ) -> str:
-    """The name by which Slurm excludes this node, else the host's."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def fold_names(names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from pgm_scale import config as configuration
 from pgm_scale.config import ParallelConfig, RunConfig
 from pgm_scale.errors import UserError
 from pgm_scale.files import check_writable
+from pgm_scale.holder import node_name
 from pgm_scale.parallel.launch import Launch, find_launch
 from pgm_scale.parallel.layout import layout_problems
 from pgm_scale.parallel.mesh import Mesh, connected
@@ -27,8 +28,8 @@ from pgm_scale.preflight.gpu import gpu_rows
 from pgm_scale.preflight.host import host_rows
 from pgm_scale.preflight.judgement import Limits, Place, RankReport, judge, ranks_by_node
 from pgm_scale.preflight.matmul import matmul_flops_per_s
-from pgm_scale.preflight.report import find_problems, lines_of, print_report, write_json
-from pgm_scale.preflight.rows import CHECK_TIMEOUT_S, Row, guarded, node_name
+from pgm_scale.preflight.report import add_hang, find_problems, lines_of, print_report, write_json
+from pgm_scale.preflight.rows import CHECK_TIMEOUT_S, Row, guarded
 from pgm_scale.preflight.versions import MISSING, rank_versions
 from pgm_scale.training.teacher_model import fill_in_model
 
@@ -64,14 +65,15 @@ def examine_cluster(config_path: str | None, overrides: Iterable[str], options: 
 
     Raises:
         UserError: on rank 0: everything that is bad, at once; or the configuration is bad on all ranks.
-        HungRankError: a rank hangs or died meanwhile; the JSON file then says "unfinished".
+        HungRankError: a rank hangs or died meanwhile; the JSON file then says "unfinished" and excludes its node.
     """
     launch = find_launch()
     config, fault = _load(launch, config_path, overrides)
     timeout_s = (config.parallel if config else ParallelConfig()).timeout_s
     reports: list[RankReport] = []
     unwritable = _begin_json(options) if launch.rank == 0 else ""
-    with connected(launch, timeout_s) as mesh:
+    on_hang = partial(add_hang, options.json_path) if options.json_path else None
+    with connected(launch, timeout_s, on_hang=on_hang) as mesh:
         refusal, config, rows = _agree(mesh, config, fault, unwritable)
         if not refusal:
             limits = Limits.on(mesh.device.type, options.slow_fraction)
@@ -120,11 +122,8 @@ def _agree(
         return answers[0][2], None, ()
     readable = next(other for _, other, other_fault in answers if not other_fault)
     if fault:
-        return (
-            "",
-            readable,
-            (Row("configuration", " ".join(fault.split()), "bad", "mount it on this node, or copy it"),),
-        )
+        to_do = "mount it on this node, or copy it"
+        return "", readable, (Row("configuration", " ".join(fault.split()), "bad", to_do),)
     if config is not None and readable is not None and not _same(config, readable):
         to_do = "give all nodes the same file"
         return "", config, (Row("configuration", "not the one of the first ranks", "bad", to_do),)
@@ -151,7 +150,7 @@ def examine_ranks(
     """
     gpu = str(torch.cuda.get_device_properties(mesh.device).uuid) if mesh.device.type == "cuda" else ""
     place = Place(mesh.rank, node_name(), mesh.local_rank, os.getpid(), gpu)
-    nodes = ranks_by_node(mesh.gather(place))
+    nodes = ranks_by_node(report.place for report in _write(mesh, RankReport(place), options, limits))
     report = RankReport(place, (*rows, *_machine_rows(mesh, nodes[place.node], probes)))
     report = _with_versions(mesh, report, probes)
     if config is not None:

@@ -26,7 +26,6 @@ from pgm_scale.evaluation.validation import (
     validation_metrics,
     validation_summary,
 )
-from pgm_scale.files import finite
 from pgm_scale.models.flops import forward_flops_per_token
 from pgm_scale.models.stages import unit_kinds
 from pgm_scale.objectives import build_objective
@@ -316,7 +315,7 @@ class TrainingRun:
                 self._finish_save()
                 raise
         if records:
-            self._write(step, record)
+            self._write(record)
         if saves and not result.stop_requested:  # after the record, which a resume from this step must find
             self._save(step, in_background=config.checkpoint.asynchronous and not last)
         self.throughput.exclude(time.perf_counter() - paused_s)
@@ -434,15 +433,12 @@ class TrainingRun:
         teachers = objective.round_steps if isinstance(objective, SDTTObjectiveConfig) else 0
         self.store.purge(keep.keep_last, keep.milestone_interval_steps, teachers)
 
-    def _write(self, step: int, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         self.watch.record(record, self.stragglers.ratio)
         if self.file is not None:
             self.file.write({**record, "unix_time_s": time.time()})
         self.console.record(record)
-        scalars = {key: value for key, value in finite(record).items() if isinstance(value, (int, float))}
-        for bucket, value in enumerate(record.get("cross_entropy_by_mask_fraction", [])):
-            scalars[f"cross_entropy_by_mask_fraction/{bucket / 10:.1f}"] = value
-        self.tracker.log(step, finite(scalars))
+        self.tracker.log(record)
 
     def _close(self) -> None:
         self.store.give_up()

@@ -1,25 +1,39 @@
-"""Weights & Biases: one tracker run for the whole life of a run, each step in it once."""
+"""Weights & Biases: one tracker run for the whole life of a run, each step in it once.
+
+The run's own log is the truth, and the tracker a copy of it: a tracker that fails stops nothing, and the next
+session sends what it has missed.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Protocol
 
 from pgm_scale import config as configuration
 from pgm_scale.config import RunConfig
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.files import atomic_write_bytes, finite
+from pgm_scale.parallel.rendezvous import within
+from pgm_scale.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+_CLOSING_S = 60.0
+_UNSAFE_S = 5.0  # a record that was handed over so long ago is in wandb's file
 
 
 class Tracker(Protocol):
-    def log(self, step: int, values: dict[str, Any]) -> None: ...
+    def log(self, record: dict[str, Any]) -> None:
+        """Take over a record of the run's log; its step is in it."""
 
     def close(self) -> None: ...
 
 
 class NoTracker:
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any]) -> None:
         pass
 
     def close(self) -> None:
@@ -27,8 +41,12 @@ class NoTracker:
 
 
 class WandbTracker:
-    """Logs under the run's own id. The last step sent is kept in the run folder: a run that was killed after
-    its last checkpoint repeats some steps, which are then not sent again."""
+    """Logs under the run's own id.
+
+    The run folder keeps the last step that the tracker has for sure: of a session that was killed after its last
+    checkpoint some steps are repeated, which are then not sent again, and what wandb's own process had not written
+    when it died is. Slurm's signals end that process, and no blocking or ignoring of them keeps it.
+    """
 
     def __init__(self, config: RunConfig, run_id: str, folder: Path) -> None:
         import wandb
@@ -37,8 +55,11 @@ class WandbTracker:
         self._last_step = -1
         if self._last_path.exists():
             self._last_step = json.loads(self._last_path.read_text())["last_step"]
+        self._under_way: deque[tuple[float, int]] = (
+            deque()
+        )  # when each step was handed over that may get lost
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=config.tracking.project,
                 entity=config.tracking.entity,
                 name=config.name,
@@ -48,23 +69,61 @@ class WandbTracker:
                 mode=config.tracking.wandb,
                 config=configuration.to_mapping(config),
             )
-        except wandb.errors.Error as error:
+        except Exception as error:  # its own errors, and those of the process that it starts
             raise UserError(
                 f"wandb cannot start ({error}); log in, or set tracking.wandb to offline or disabled"
             ) from None
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        if step <= self._last_step:
+    def log(self, record: dict[str, Any]) -> None:
+        step, now_s = record["step"], time.monotonic()
+        if self._run is None or step <= self._last_step:
             return
-        self._run.log(values, step=step)
-        self._last_step = step
-        atomic_write_bytes(self._last_path, json.dumps({"last_step": step}).encode())
+        try:
+            self._run.log(scalars(record), step=step)
+        except Exception as error:  # whatever its connection to its process raises
+            logger.warning(
+                "wandb takes no records any more (%s: %s); the next session of the run will send them",
+                type(error).__name__,
+                error,
+            )
+            self._run = None
+            return
+        self._under_way.append((now_s, step))
+        self._settle(now_s - _UNSAFE_S)
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is None:
+            return
+        try:
+            within(_CLOSING_S, self._run.finish)
+        except Exception as error:  # it waits for ever for a process that has died
+            logger.warning("wandb has not ended well (%s); nothing of the run is lost", type(error).__name__)
+            return
+        self._settle(float("inf"))
+
+    def _settle(self, before_s: float) -> None:
+        """Write down the last step that was handed over before this moment."""
+        settled = None
+        while self._under_way and self._under_way[0][0] < before_s:
+            settled = self._under_way.popleft()[1]
+        if settled is not None:
+            atomic_write_bytes(self._last_path, json.dumps({"last_step": settled}).encode())
 
 
 def open_tracker(config: RunConfig, run_id: str, folder: Path) -> Tracker:
+    """The configured one, with the records that the run's log has and it has not."""
     if config.tracking.wandb == "disabled":
         return NoTracker()
-    return WandbTracker(config, run_id, folder)
+    tracker = WandbTracker(config, run_id, folder)
+    metrics = RunFolder(folder).metrics_path
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+        tracker.log(json.loads(line))
+    return tracker
+
+
+def scalars(record: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a record, by the names that they have in the tracker."""
+    values = {key: value for key, value in finite(record).items() if isinstance(value, (int, float))}
+    for bucket, value in enumerate(record.get("cross_entropy_by_mask_fraction", [])):
+        values[f"cross_entropy_by_mask_fraction/{bucket / 10:.1f}"] = value
+    return finite(values)

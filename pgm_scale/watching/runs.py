@@ -38,7 +38,7 @@ _MARGIN_S = 60.0  # over the run's own time-out, before a heartbeat is old: a cl
 _LOCK_DEAD_S = 90.0  # as the lock judges
 _MAX_DEPTH = 4
 _TAIL_BYTES = 1 << 18
-_SMALL_BYTES = 1 << 16
+_CONFIG_BYTES = 1 << 14  # ours have 2 thousand; the parser takes the square of it for nested brackets
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 # The parser in C is ten times as fast.
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -200,7 +200,7 @@ def _configured(folder: Path) -> tuple[str, int | None, str | None]:
     """Name and total steps of the run's configuration, and what is wrong with it."""
     try:
         with open(folder / "config.yaml", "rb") as file:
-            tree = yaml.load(file.read(_SMALL_BYTES), _YAML)
+            tree = yaml.load(file.read(_CONFIG_BYTES), _YAML)
         name, total = tree.get("name", "run"), _whole(tree.get("training", {}).get("steps"))
     except FileNotFoundError:
         return folder.name, None, "config.yaml: missing"

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgm_scale.errors import UserError
-from pgm_scale.preflight.rows import Row, fold_names, guarded, node_name, worst
+from pgm_scale.holder import node_name
+from pgm_scale.preflight.rows import Row, fold_names, guarded, worst
 
 
 def _expand(folded: str) -> list[str]:

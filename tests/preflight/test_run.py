@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -188,6 +189,30 @@ def test_the_command_names_a_node_that_cannot_read_the_configuration(data: Path,
     assert tree["verdict"] == "bad"
     assert tree["bad_nodes"] == ["node1"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_is_stopped_is_named_and_its_node_excluded(data: Path, tmp_path: Path) -> None:
+    config, found, port = tmp_path / "config.yaml", tmp_path / "preflight.json", free_port()
+    config.write_text(
+        configuration.to_yaml(tiny_config(data, tmp_path / "run", parallel={"timeout_s": 10.0}))
+    )
+    arguments = (str(config), "--cluster", "--json", str(found))
+    ranks = [_start(rank, port, *arguments) for rank in range(2)]
+    deadline_s = time.monotonic() + 100
+    # Rank 0 writes the nodes as soon as it knows them; the checks after that take longer than a look at the file.
+    while not (found.exists() and json.loads(found.read_text())["nodes"]):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    ranks[1].send_signal(signal.SIGSTOP)
+    errors = ranks[0].communicate(timeout=120)[1]
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 4, errors
+    assert "rank 1 (host" in errors
+    assert "is stopped by a signal" in errors
+    tree = json.loads(found.read_text())
+    assert (tree["verdict"], tree["bad_nodes"]) == ("unfinished", ["node1"])
+    assert "is stopped by a signal" in tree["hang"]
 
 
 def test_a_configuration_that_no_rank_can_use_is_one_message(

@@ -18,7 +18,7 @@ from tests.slurm.jobs import (
 )
 
 LAST_STEP = 150
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def reference(cluster: Cluster, data: Path, folder: Path) -> Path:
     return job.run
 
 
-def finished(job: Job, reference: Path) -> None:
+def finished(job: Job, reference: Path, timeout_s: float = 300) -> None:
     """The job has gone on to its end, as one run for the tracker and for anyone who compares."""
-    job.wait_until_finished()
+    job.wait_until_finished(timeout_s)
     assert_same_training(job.run, reference)
     assert len(tracker_runs(job.run)) == 1
     assert_holds_no_secret(job.run)
@@ -60,13 +60,11 @@ def test_the_uninterrupted_run(reference: Path) -> None:
 
 
 def test_time_limit(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
-    """Slurm sends USR2 before the end of the minute, as it asks every 30 s whether one is near."""
-    steps = "training.steps=150"
-    job = cluster.train(data, folder / "limit", "--time", "1", steps)
+    """Slurm looks every 30 s for jobs that near their end, so USR2 comes after half of the minute, again and again."""
+    job = cluster.train(data, folder / "limit", "--time", "1")
     job.wait_for_restart()
     assert 0 < job.step < LAST_STEP
-    finished(job, reference)
-    assert job.restarts >= 1
+    finished(job, reference, timeout_s=800)
     assert "stopped by a signal" in job.logs
 
 

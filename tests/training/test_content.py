@@ -17,6 +17,7 @@ from pgm_scale.errors import UserError
 from pgm_scale.parallel.launch import Launch, find_launch
 from pgm_scale.training.content import content_problems
 from pgm_scale.training.loop import train
+from pgm_scale.training.signals import StopFlag
 from tests.tiny_data import tiny_config, write_tiny_data
 
 CODES = ImageContent("codes", 32, 3, 4, tuple("abcdefghij"))
@@ -71,5 +72,5 @@ def test_it_is_told_before_a_run_starts(text: tuple[RunConfig, DatasetManifest])
     launch: Launch = find_launch()
     wrong = dataclasses.replace(config, objective=MaskGITObjectiveConfig())
     with pytest.raises(UserError, match=r"cannot train:\n.*maskgit needs codes, but data\.train has text"):
-        train(wrong, launch)
+        train(wrong, launch, StopFlag())
     assert not Path(config.folder).exists()

@@ -2,14 +2,17 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -95,8 +98,19 @@ def _records_of(path: Path) -> Iterator[bytes]:
             parts.clear()
 
 
-def _offline_history(folder: Path) -> tuple[set[str], list[int]]:
-    """Run ids and logged steps of all offline sessions, read from wandb's own files."""
+def _offline_history(folder: Path, last_step: int) -> tuple[set[str], list[int]]:
+    """Run ids and logged steps of all offline sessions, read from wandb's own files.
+
+    wandb's process writes them, some time after a session has ended: they are read until `last_step` is there.
+    """
+    deadline_s = time.monotonic() + 30
+    while last_step not in (history := _written_history(folder))[1]:
+        assert time.monotonic() < deadline_s, history
+        time.sleep(0.2)
+    return history
+
+
+def _written_history(folder: Path) -> tuple[set[str], list[int]]:
     from wandb.proto import wandb_internal_pb2
 
     ids, steps = set(), []
@@ -117,14 +131,55 @@ def test_wandb_sessions_share_a_run_and_no_step_is_sent_twice(
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     config = tiny_config(tmp_path, tmp_path, tracking={"wandb": "offline"})
-    values: dict[str, Any] = {"loss": 1.0, "validation_nll": None}
+    values: dict[str, Any] = {
+        "loss": 1.0,
+        "validation_nll": None,
+        "cross_entropy_by_mask_fraction": [1.0, None],
+    }
     for steps in (range(1, 6), range(4, 9)):  # the second session resumes from a checkpoint of step 3
         tracker = open_tracker(config, "abc123", tmp_path)
         for step in steps:
-            tracker.log(step, values)
+            tracker.log({"step": step, **values})
         tracker.close()
-    ids, steps_sent = _offline_history(tmp_path)
+    ids, steps_sent = _offline_history(tmp_path, 8)
     assert ids == {"abc123"}
     assert steps_sent == [1, 2, 3, 4, 5, 6, 7, 8]
     secrets = [p for p in tmp_path.rglob("*") if p.is_file() and b"k" * 40 in p.read_bytes()]
     assert secrets == []
+
+
+def _tracked_session(folder: Path, records: list[dict[str, Any]], kills_service: bool) -> None:
+    """In a process of its own, as wandb keeps a dead connection for ever."""
+    tracker = open_tracker(tiny_config(folder, folder, tracking={"wandb": "offline"}), "abc123", folder)
+    tracker.log(records[0])
+    if kills_service:
+        services = [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
+        assert services
+        for service in services:
+            service.kill()
+        psutil.wait_procs(services)
+    for record in records[1:]:
+        tracker.log(record)
+    tracker.close()
+
+
+def test_a_tracker_that_dies_stops_nothing_and_catches_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """wandb's own process is killed; the next session sends what is in the run's log and not there."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # the process of another test
+    records = [{"step": step, "loss": 1.0 / step} for step in range(1, 7)]
+    for share, kills_service in ((records[:4], True), (records[4:], False)):
+        session = multiprocessing.get_context("spawn").Process(
+            target=_tracked_session, args=(tmp_path, share, kills_service)
+        )
+        session.start()
+        session.join(120)
+        assert session.exitcode == 0
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in share)
+    assert "wandb takes no records any more" in capfd.readouterr().err
+    ids, steps_sent = _offline_history(tmp_path, 6)
+    assert ids == {"abc123"}
+    assert set(steps_sent) == {1, 2, 3, 4, 5, 6}

@@ -2,21 +2,24 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import HungRankError, NonFiniteError, Preempted, UserError
-from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.parallel.launch import Launch, free_port
+from pgm_scale.parallel.mesh import Mesh, connected
 from pgm_scale.training.loop import TrainingRun, train_on_mesh
 from pgm_scale.training.signals import StopFlag
 from pgm_scale.watching import watch as module
@@ -24,6 +27,8 @@ from pgm_scale.watching.heartbeat import HEARTBEAT_NAME, Heartbeat, read_heartbe
 from pgm_scale.watching.watch import RunWatch
 from tests.distributed import run_ranks
 from tests.tiny_data import tiny_config, write_tiny_data
+
+TIMEOUT_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +99,20 @@ def _prometheus(path: Path) -> dict[str, float]:
     return {sample.name: sample.value for family in families for sample in family.samples}
 
 
-def test_a_run_says_what_it_does_until_it_is_finished(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setattr(module, "_INTERVAL_S", 0.0)
+def _session_of_a_job(mesh: Mesh, config: RunConfig) -> list[dict[str, Any]]:
+    """A whole session in which a heartbeat is always due."""
+    with patch.dict(os.environ, SLURM_JOB_ID="4711"), patch.object(module, "_INTERVAL_S", 0.0):
+        return _session(mesh, config, "finished")
+
+
+def test_a_run_says_what_it_does_until_it_is_finished(data: Path, tmp_path: Path) -> None:
     collector, run = tmp_path / "collector", tmp_path / "run"
     collector.mkdir()
     command = f'echo "$PGM_SCALE_EVENT $PGM_SCALE_STEP" >> {tmp_path}/alerts'
     watching = {"alert_command": command, "prometheus_folder": str(collector)}
     config = _config(data, run, watching=watching, training={"steps": 6}, checkpoint={"asynchronous": False})
     start_s = time.time()
-    written = run_ranks(1, _session, config, "finished")
+    written = run_ranks(1, _session_of_a_job, config)
     states = [beat["state"] for beat in written]
     changes = [state for state, before in zip(states, [None, *states], strict=False) if state != before]
     saved, validated = ["saving", "training"], ["validating", "training"]
@@ -214,8 +221,6 @@ def test_a_heartbeat_is_progress_of_the_training_thread(data: Path, tmp_path: Pa
     """Other threads may go on while training hangs; between two steps progress beats, when it is due."""
     import threading
 
-    import torch
-
     config = _config(data, tmp_path)
     told: list[tuple[str, int | None]] = []
     mesh = Mesh(0, 1, 0, torch.device("cpu"), progress=lambda what, step=None: told.append((what, step)))
@@ -262,44 +267,51 @@ def _session_of_two(mesh: Mesh, config: RunConfig) -> None:
         _train(mesh, config, RunWatch(config, mesh.rank, mesh.world_size))
 
 
+def _rank_that_may_stop(launch: Launch, config: RunConfig, victim: int) -> None:
+    """Steps as the loop's, without a model; one rank stops itself after some."""
+    torch.set_num_threads(1)
+    watch = RunWatch(config, launch.rank, launch.world_size)
+    try:
+        with watch, connected(launch, TIMEOUT_S, Path(config.folder) / "hangs", watch.hung) as plain:
+            mesh = watch.begin(plain)
+            watch.opened("abc", 0)
+            for step in range(10):
+                mesh.progress(f"step {step}", step)
+                mesh.sum(np.ones(1))
+                watch.step(step + 1, 1.0)
+                if launch.rank == victim and step == 4:
+                    time.sleep(3)  # some beats of the watchdog
+                    os.kill(os.getpid(), signal.SIGSTOP)
+    except HungRankError as error:
+        os._exit(error.exit_code)
+
+
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_stopped_rank_is_told_by_one_that_lives(data: Path, tmp_path: Path, victim: int) -> None:
-    """Real processes, as a launcher starts them. When rank 0 is stopped, rank 1 says what has become of the run."""
-    import subprocess
-
-    from pgm_scale import config as configuration
-    from pgm_scale.parallel.launch import free_port
-
-    run = tmp_path / "run"
-    config = _config(data, run, training={"steps": 100_000}, parallel={"timeout_s": 5.0})
-    path = tmp_path / "config.yaml"
-    path.write_text(configuration.to_yaml(config))
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """Real ranks. When rank 0 is stopped, rank 1 says what has become of the run."""
+    run, port = tmp_path / "run", free_port()
+    config = _config(data, run)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pgm_scale.training.loop"])
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pgm_scale.cli", "train", str(path)],
-            env={**os.environ, **launch, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
+        context.Process(
+            target=_rank_that_may_stop,
+            args=(Launch("torchrun", rank, 2, rank, "127.0.0.1", port), config, victim),
         )
         for rank in range(2)
     ]
+    for process in processes:
+        process.start()
     try:
-        deadline_s = time.monotonic() + 120
-        while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
-            assert all(process.poll() is None for process in processes)
-            assert time.monotonic() < deadline_s
-            time.sleep(0.1)
-        time.sleep(2)  # some beats of the watchdog
-        os.kill(processes[victim].pid, signal.SIGSTOP)
-        assert processes[1 - victim].wait(timeout=120) == HungRankError.exit_code
+        processes[1 - victim].join(120)
+        assert processes[1 - victim].exitcode == HungRankError.exit_code
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     last = read_heartbeat(run)
     assert last is not None
-    assert last.state == "failed"
+    assert (last.state, last.run_id) == ("failed", "abc")
     assert last.exit_reason is not None
     assert last.exit_reason.startswith(f"hung: rank {victim} ")
-    assert last.step > 0
     assert [line.split()[0] for line in _alerts(run)] == ["hung", "started"]
