@@ -59,7 +59,8 @@ def join(launch: Launch, timeout_s: float, gpu: str = "") -> dist.Store:
 
     Raises:
         UserError: on every rank, within `timeout_s` and a few seconds, naming the ranks that did not come, or
-            the two processes that have the same rank or the same GPU; or what is wrong with rank 0's address and port.
+            the two processes that have the same rank or the same GPU; or what is wrong with rank 0's address and
+            port.
     """
     me = Member(launch.rank, node_name(), os.getpid(), launch.local_rank, gpu)
     try:
@@ -195,8 +196,8 @@ def _shared_gpu(store: dist.Store, world_size: int) -> str:
             other = users.setdefault(found.gpu, found)
             if other is not found:
                 return (
-                    f"rank {other.rank} and rank {rank} use the same GPU of host {found.host}: start one task a GPU "
-                    "(Slurm: --ntasks-per-node equal to the GPUs of a node)"
+                    f"rank {other.rank} and rank {rank} use the same GPU of host {found.host}: start one task a "
+                    "GPU (Slurm: --ntasks-per-node equal to the GPUs of a node)"
                 )
     return ""
 

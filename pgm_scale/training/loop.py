@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -113,7 +113,8 @@ def train_on_mesh(
     session = TrainingRun(
         config, mesh, run, identity, store, train_split, validation_split, watch, lock, teacher
     )
-    session.run(stop or StopFlag())
+    with nullcontext(stop) if stop else StopFlag() as flag:
+        session.run(flag)
 
 
 class TrainingRun:

@@ -1,4 +1,4 @@
-"""When a run must stop: a signal only sets a flag; the ranks agree on it at the next step boundary and save together.
+"""When a run must stop: a signal only sets a flag; the ranks agree on it at the next step and save together.
 
 And when that is too late: a save is started only if it ends before the scheduler ends the job.
 """

@@ -41,7 +41,7 @@ def prepare_micro_batch(objective: Objective, batch: TokenBatch, draws: DrawSpec
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global values of one step, equal on all ranks, and this rank's terms (on the last stage) and data for the log.
+    """Global values of one step, equal on all ranks, and this rank's terms (last stage) and data for the log.
 
     Attributes:
         save_ended: all ranks have written their parts of the save under way, or one could not.

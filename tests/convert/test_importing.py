@@ -73,7 +73,9 @@ def test_pgm_text_by_the_list_of_averages_and_raw(tmp_path: Path) -> None:
     assert description.tokenizer_sha256 == hashlib.sha256(tokenizer).hexdigest()
     assert any(line.startswith("parity: largest logit difference 0 ") for line in lines)
     parameters = sum(p.numel() for p in trained.model.parameters())
-    (summary,) = (line for line in lines if f"63 tensors, {parameters:,} parameters, averaged weights" in line)
+    (summary,) = (
+        line for line in lines if f"63 tensors, {parameters:,} parameters, averaged weights" in line
+    )
     assert "step 50,000" in summary
 
 

@@ -60,7 +60,7 @@ def test_the_uninterrupted_run(reference: Path) -> None:
 
 
 def test_time_limit(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
-    """Slurm looks every 30 s for jobs that near their end, so USR2 comes after half of the minute, again and again."""
+    """Slurm looks every 30 s for jobs that near their end: USR2 comes after half of the minute, again and again."""
     job = cluster.train(data, folder / "limit", "--time", "1")
     job.wait_for_restart()
     assert 0 < job.step < LAST_STEP

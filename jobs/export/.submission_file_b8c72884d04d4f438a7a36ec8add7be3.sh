@@ -1,0 +1,1 @@
+/work/main/jobs/export/14_submission.sh

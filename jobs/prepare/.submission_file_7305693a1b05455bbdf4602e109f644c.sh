@@ -1,0 +1,1 @@
+/work/main/jobs/prepare/12_submission.sh
