@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FOLDERS := pgm_scale data_prep launchers ops tests
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-images demo-distill test parity bench check format clean
+.PHONY: demo demo-images demo-distill test slurm-start slurm-stop parity bench check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m ops.demo
@@ -16,8 +16,17 @@ demo-images: $(STAMP)
 demo-distill: $(STAMP)
 	$(BIN)/python -m ops.demo_distill
 
+# What runs on a real Slurm comes last, alone on the machine; without Debian's slurm-wlm and munge it is skipped.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm
+
+# A two-node Slurm on this machine, to try launches on.
+slurm-start: $(STAMP)
+	$(BIN)/python -m ops.slurm_local start
+
+slurm-stop: $(STAMP)
+	$(BIN)/python -m ops.slurm_local stop
 
 # Every parallel layout against one process; writes the tables of the README and ops/bench/parity.json.
 parity: $(STAMP)
@@ -35,7 +44,7 @@ check: $(STAMP)
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > build/wheel.log || (cat build/wheel.log; exit 1)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/site build/wheel/*.whl
 	cd build/site && ../../$(BIN)/python -P -c "import sys; sys.path.insert(0, '.'); import data_prep.cli, \
-	  pgm_scale.cli, pgm_scale.training.loop as m; assert 'build/site' in m.__file__ or m.__file__[0] == '.', m"
+	  launchers.cli, pgm_scale.cli, pgm_scale.training.loop as m; assert 'build/site' in m.__file__ or m.__file__[0] == '.', m"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(FOLDERS)
