@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -34,15 +35,24 @@ SECRETS = {
 class Cluster:
     """The local Slurm, with `pgm-scale launch` in front."""
 
-    def __init__(self, slurm: LocalSlurm) -> None:
-        self.slurm = slurm
+    def __init__(self, slurm: LocalSlurm, folder: Path) -> None:
+        """`folder` is where the commands run."""
+        self.slurm, self.folder = slurm, folder
+
+    def clear(self) -> None:
+        """Cancel what a test has left behind, and wait until it is gone."""
+        self.slurm.run("scancel", "--user", getpass.getuser())
+        deadline = time.monotonic() + 60
+        while self.slurm.run("squeue", "--noheader"):
+            assert time.monotonic() < deadline, "jobs do not end"
+            time.sleep(0.2)
 
     def pgm_scale(self, *words: str, code: int = 0) -> str:
         """Run a command; returns stdout and stderr."""
         done = subprocess.run(
             [sys.executable, "-m", "pgm_scale.cli", *words],
             env=self.slurm.environment | SECRETS,
-            cwd=ROOT,
+            cwd=self.folder,
             capture_output=True,
             text=True,
             timeout=120,

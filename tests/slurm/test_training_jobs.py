@@ -1,7 +1,9 @@
 """Trainings on a real Slurm of two nodes with two tasks each: they go on, whatever stops them."""
 
+import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,14 @@ import pytest
 from ops.slurm_local.cluster import LocalSlurm
 from tests.slurm.jobs import (
     CLUSTER,
+    ROOT,
     Cluster,
     Job,
     assert_holds_no_secret,
     assert_same_training,
     records,
     tracker_runs,
+    training_words,
 )
 
 LAST_STEP = 150
@@ -22,13 +26,19 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def cluster(slurm: LocalSlurm) -> Cluster:
-    return Cluster(slurm)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slurm")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slurm")
+def cluster(slurm: LocalSlurm, folder: Path) -> Cluster:
+    return Cluster(slurm, folder)
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.clear()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +144,30 @@ def test_node_down_and_back(cluster: Cluster, data: Path, folder: Path, referenc
     assert job.restarts == 1
 
 
+def test_preemption(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    """A job of a higher partition takes the nodes; leftovers of a killed task do not hinder the next start."""
+    job = cluster.train(data, folder / "preempted")
+    job.wait_for_step(40)
+    (job.run / "jobs" / f"{job.id}_0_result.save_tmp").touch()
+    cluster.slurm.submit("#!/bin/bash\nsleep 3\n", "--partition=urgent", "--exclusive", "--nodes=2")
+    finished(job, reference)
+    assert job.restarts == 1
+
+
+def test_a_preflight_and_what_follows_it(cluster: Cluster, data: Path, folder: Path) -> None:
+    """It finds nothing wrong here; the training starts when it has ended."""
+    words = [*training_words(data, folder / "after-preflight"), "training.steps=5"]
+    preflight, train = cluster.launch(
+        *("preflight", words[0], *words[1:], "--cluster", str(CLUSTER)), *("--then", "train", *words)
+    )
+    job = Job(cluster.slurm, train, folder / "after-preflight")
+    job.wait_until_finished()
+    report = json.loads((folder / "jobs/preflight/preflight.json").read_text())
+    assert report["bad_nodes"] == [], report
+    assert set(report["nodes"]) == {"node1", "node2"}
+    assert cluster.slurm.job_state(preflight) == "COMPLETED"
+
+
 def test_cancelled_is_not_requeued(cluster: Cluster, data: Path, folder: Path) -> None:
     job = cluster.train(data, folder / "cancelled")
     job.wait_for_step(30)
@@ -159,7 +193,13 @@ def test_a_chain(cluster: Cluster, folder: Path) -> None:
     data, run, exported = folder / "chain-data", folder / "chain", folder / "exported"
     words = [
         *("prepare", "python-docs", "--format", "tar", "--output", str(data), "--cluster", str(CLUSTER)),
-        *("--then", "train", "configs/demo.yaml", f"folder={run}", f"data.train={data / 'train'}"),
+        *(
+            "--then",
+            "train",
+            str(ROOT / "configs/demo.yaml"),
+            f"folder={run}",
+            f"data.train={data / 'train'}",
+        ),
         *(f"data.validation={data / 'validation'}", "training.micro_batch_sequences=4", "training.steps=10"),
         *("--then", "export", str(run), "--out", str(exported)),
     ]

@@ -1,1 +1,0 @@
-/work/main/jobs/export/14_submission.sh

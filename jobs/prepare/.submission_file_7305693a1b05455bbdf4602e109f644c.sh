@@ -1,1 +1,0 @@
-/work/main/jobs/prepare/12_submission.sh
