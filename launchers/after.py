@@ -6,6 +6,7 @@ stderr why. A job is requeued once, by its batch script, whatever ended its task
 - stopped by a signal after saving (exit code 75), a rank that hung or died (4, or above 128), or an error of ours
   or of the machine (1): requeued, unless that has been so for several attempts without a new checkpoint;
 - bad input (2), a loss that is not finite (3): not requeued;
+- at its time limit a command that would begin anew: not requeued;
 - Slurm is cancelling or requeuing the job itself: left alone.
 """
 
@@ -15,14 +16,17 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgm_scale.errors import NonFiniteError, UserError
+from pgm_scale.errors import NonFiniteError, Preempted, UserError
 
+PREFLIGHT_REPORT = "preflight.json"
+_GOES_ON = ("train", "distill", "prepare")  # started again, these do not begin anew
 _FINAL = {
     0: "done",
     UserError.exit_code: "bad input",
@@ -52,24 +56,36 @@ class Decision:
     is_crash_loop: bool = False
 
 
-def decide(code: int, state: str, job_id: str, attempts: list[Attempt], most_restarts: int) -> Decision:
+def decide(
+    code: int,
+    state: str,
+    job_id: str,
+    attempts: list[Attempt],
+    most_restarts: int,
+    goes_on: bool = True,
+) -> Decision:
     """Whether to requeue.
 
     Args:
         code: srun's exit code, the highest of the tasks'.
         state: the line of `scontrol --oneliner show job`.
+        job_id: 12, or 12_3 of an array, whose jobs would all be requeued by a number alone.
         attempts: of this job, the one that has just ended last.
+        goes_on: the command, started again, goes on where it was.
     """
     if code in _FINAL:
         return Decision((), f"not requeued: {_FINAL[code]} (exit code {code})")
     if not _may_requeue(state):
         return Decision((), f"not requeued by us: Slurm says {_field(state, 'JobState')} of the job")
+    if not goes_on and _field(state, "Reason") == "TimeLimit":
+        return Decision((), "not requeued: its time limit was reached; launch it with a longer --time")
     idle = 0
     for attempt in reversed(attempts):
         idle += attempt.step == attempts[-1].step
         if attempt.step != attempts[-1].step:
             break
-    if idle > most_restarts:
+    # Of a single attempt that has ended by a save nobody can say that it made no progress.
+    if idle > max(most_restarts, code == Preempted.exit_code):
         return Decision(
             (),
             f"not requeued: {idle} attempts in a row ended (the last with exit code {code}) without a new "
@@ -90,32 +106,60 @@ def _field(line: str, name: str) -> str:
     return found[1] if found else "nothing"
 
 
-def exclude_bad_nodes(report: Path, next_jobs: list[str], code: int) -> Decision:
+@dataclass(frozen=True)
+class NextJobs:
+    """What waits for a preflight.
+
+    Attributes:
+        exclude: the nodes that it leaves out already, as Slurm writes them.
+    """
+
+    ids: tuple[str, ...]
+    exclude: str = ""
+
+
+def exclude_bad_nodes(bad_nodes: list[str], next_jobs: NextJobs, code: int) -> Decision:
     """After a preflight: keep the jobs that wait for it away from bad nodes, or end them if it failed otherwise."""
-    try:
-        bad_nodes = [str(node) for node in json.loads(report.read_text())["bad_nodes"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        bad_nodes = []
-    if code == 0 or not next_jobs:
-        return Decision((), f"preflight ended with exit code {code}")
+    if code == 0:
+        return Decision((), "preflight ended well")
     if not bad_nodes or not all(map(_NODE.fullmatch, bad_nodes)):
         return Decision(
-            tuple(f"scancel {job}" for job in next_jobs),
-            "preflight failed and named no node: cancelled what follows",
+            tuple(f"scancel {job}" for job in next_jobs.ids),
+            f"preflight failed (exit code {code}) and named no node: cancelled what follows",
         )
-    nodes = ",".join(bad_nodes)
+    nodes = ",".join(filter(None, (next_jobs.exclude, *bad_nodes)))
     return Decision(
-        tuple(f"scontrol update JobId={job} ExcNodeList={nodes}" for job in next_jobs),
+        tuple(f"scontrol update JobId={job} ExcNodeList={shlex.quote(nodes)}" for job in next_jobs.ids),
         f"the jobs that follow leave out {nodes}",
     )
+
+
+def bad_nodes_of(folder: Path, job: str) -> list[str]:
+    """Of the job's own report: an older one, of a preflight before, says nothing about this one."""
+    report = folder / PREFLIGHT_REPORT
+    try:
+        if report.stat().st_mtime_ns < _job_path(folder, job).stat().st_mtime_ns:
+            return []
+        return [str(node) for node in json.loads(report.read_text())["bad_nodes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _is_started_again(state: str) -> bool:
+    """By Slurm itself, after a node has failed or another job has taken the nodes."""
+    restarts = _field(state, "Restarts")
+    return restarts.isdecimal() and int(restarts) > _restart()
+
+
+def _restart() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def record_attempt(folder: Path, job: str, code: int, run_folder: str | None) -> list[Attempt]:
     """Add the attempt that has ended to <job>_attempts.jsonl; returns all of this job."""
     path = folder / f"{job}_attempts.jsonl"
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempts = read_attempts(path)
-    attempts.append(Attempt(restart, code, newest_step(run_folder), time.time()))
+    attempts.append(Attempt(_restart(), code, newest_step(run_folder), time.time()))
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(vars(attempts[-1])) + "\n")
     return attempts
@@ -139,10 +183,14 @@ def newest_step(run_folder: str | None) -> int:
     return max((int(name.removeprefix("step_")) for name in names if name[5:].isdecimal()), default=-1)
 
 
+def _job_path(folder: Path, job: str) -> Path:
+    return folder / f"{job}_job.json"
+
+
 def _job_file(folder: Path, job: str) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / f"{job}_job.json").read_text()))
-    except (OSError, ValueError):
+        return dict(json.loads(_job_path(folder, job).read_text()))
+    except (OSError, ValueError, TypeError):
         return {}  # no task has come so far
 
 
@@ -157,6 +205,18 @@ def _alert(run_folder: Path, reason: str) -> None:
         print(f"nobody is alerted: {error}", file=sys.stderr)
         return
     alert(config.watching, "crash_loop", run_folder, reason)
+
+
+def _decide(options: argparse.Namespace, job: str, about: dict[str, Any]) -> Decision:
+    attempts = record_attempt(options.folder, job, options.exit_code, about.get("run_folder"))
+    next_jobs = options.folder / f"{job}_next.json"
+    if not next_jobs.exists():
+        goes_on = about.get("words", _GOES_ON)[0] in _GOES_ON
+        return decide(options.exit_code, options.state, job, attempts, options.restarts, goes_on)
+    if _is_started_again(options.state):
+        return Decision((), "the preflight is started again by Slurm")
+    waiting = NextJobs(**json.loads(next_jobs.read_text()))
+    return exclude_bad_nodes(bad_nodes_of(options.folder, job), waiting, options.exit_code)
 
 
 def main() -> int:
@@ -174,16 +234,11 @@ def main() -> int:
 
     job = slurm_job_name(os.environ)
     about = _job_file(options.folder, job)
-    attempts = record_attempt(options.folder, job, options.exit_code, about.get("run_folder"))
-    next_jobs = options.folder / f"{job}_next.json"
-    if next_jobs.exists():  # of a preflight
-        decision = exclude_bad_nodes(
-            options.folder / "preflight.json", json.loads(next_jobs.read_text()), options.exit_code
-        )
-    else:
-        decision = decide(
-            options.exit_code, options.state, os.environ["SLURM_JOB_ID"], attempts, options.restarts
-        )
+    try:
+        decision = _decide(options, job, about)
+    except OSError as error:  # without its attempts, a crash loop would never stop
+        print(f"{job}: not requeued: {options.folder} cannot be used ({error.strerror})", file=sys.stderr)
+        return 0
     print(f"{job}: {decision.reason}", file=sys.stderr)
     if decision.is_crash_loop and about.get("run_folder"):
         _alert(Path(about["run_folder"]), decision.reason)

@@ -13,6 +13,12 @@ from pgm_scale.errors import UserError
 
 # Not MM:SS, which Slurm knows too and people take for HH:MM.
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d{1,2}):(?P<seconds>\d{1,2})")
+_GPUS_OF_GRES = re.compile(r"gpu(?::[A-Za-z][^:,(]*)?(?::(\d+))?(?:\(.*\))?")
+# What the launcher itself tells sbatch; another value would lose logs, signals or the order of a chain.
+_TAKEN = (
+    *("array", "dependency", "error", "job-name", "mem", "ntasks", "ntasks-per-node", "open-mode", "output"),
+    *("requeue", "signal", "kill-on-invalid-dep"),
+)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -31,7 +37,7 @@ class SlurmJob:
         signal_before_s: how long before the time limit a training is told to save and be requeued.
         exit_grace_s: how long the other tasks may go on when one has ended; then Slurm ends them.
         restarts_without_progress: so often a job that fails is requeued without a new checkpoint in between.
-        sbatch, srun: further options, by name without the dashes, and as words.
+        sbatch, srun: further options, by name without the dashes (one that takes no value has ""), and as words.
     """
 
     nodes: int = 1
@@ -148,6 +154,9 @@ def _problems(job: SlurmJob) -> list[str]:
         for name in job.sbatch
         if name.replace("-", "_") in SlurmJob.__dataclass_fields__
     ]
+    problems += [
+        f"slurm.sbatch: {name!r} is set by the launcher; leave it out" for name in job.sbatch if name in _TAKEN
+    ]
     try:
         if job.minutes < 1:
             problems.append(f"slurm.time: {job.time} must be at least a minute")
@@ -161,4 +170,19 @@ def _problems(job: SlurmJob) -> list[str]:
         problems.append(
             f"slurm.tasks_per_node: {job.processes_per_node} processes on {job.gpus_per_node} GPUs; start one a GPU"
         )
+    asked = _gpus_of_gres(job.gres)
+    if asked is not None and asked != job.gpus_per_node:
+        problems.append(
+            f"slurm.gres: {job.gres} asks for {asked} GPUs a node, and slurm.gpus_per_node is {job.gpus_per_node}"
+        )
     return problems
+
+
+def _gpus_of_gres(gres: str | None) -> int | None:
+    """4 of gpu:a100:4, 1 of gpu; None where it names no GPUs."""
+    counts = [
+        int(found[1] or 1)
+        for part in (gres or "").split(",")
+        if (found := _GPUS_OF_GRES.fullmatch(part.removeprefix("gres/").removeprefix("gres:"))) is not None
+    ]
+    return sum(counts) if counts else None

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launchers.after import PREFLIGHT_REPORT
 from launchers.cluster import SlurmJob, load_slurm_job
 from launchers.job import Job
 from launchers.sweep import expand
@@ -30,7 +31,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "report": _ONE_PROCESS | {"gpus_per_node": 0},
 }
 LAUNCHABLE = (*TRAININGS, *SINGLE, "preflight")
-PREFLIGHT_REPORT = "preflight.json"
+_MAY_BE_SEVERAL = ("eval-images",)  # of the single ones: its processes share the work if there are more
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ def build_stage(
     if command not in LAUNCHABLE:
         raise UserError(f"{command!r} cannot be launched; known are {', '.join(LAUNCHABLE)}")
     slurm = load_slurm_job(cluster, command, settings, _single(command, cluster))
+    if command in SINGLE and command not in _MAY_BE_SEVERAL and slurm.processes > 1:
+        raise UserError(
+            f"launch {command} is one process, and this asks for {slurm.nodes} nodes x {slurm.processes_per_node}: "
+            f"leave out --nodes and --tasks-per-node, and these keys in slurm.jobs.{command} of {cluster}"
+        )
     if command in TRAININGS:
         return _training_stage(command, arguments, cluster, slurm, name, follows)
     stage_name = name or command
@@ -101,6 +107,7 @@ def _training_stage(
     command: str, arguments: Sequence[str], cluster: str, slurm: SlurmJob, name: str | None, follows: bool
 ) -> Stage:
     jobs, sweep = [], expand(arguments)
+    _parse((command, *sweep[0][0]))
     base = _training_config((command, *sweep[0][0]), slurm, follows)
     for words, suffix in sweep:
         if suffix:
@@ -108,14 +115,31 @@ def _training_stage(
         _parse((command, *words))
         config = _training_config((command, *words), slurm, follows) if suffix else base
         jobs.append(_job((command, *words), slurm, str(Path(config.folder).absolute())))
+    _refuse_shared_folders(jobs)
     parent = Path(base.folder).absolute()
     folder = parent.with_name(parent.name + "-sweep") if len(jobs) > 1 else parent
     return Stage(command, name or base.name, folder / "jobs", cluster, slurm, tuple(jobs))
 
 
+def _refuse_shared_folders(jobs: Sequence[Job]) -> None:
+    """As of a value that is given twice, or of two whose names are the same."""
+    folders = [str(job.run_folder) for job in jobs]
+    shared = {folder for folder in folders if folders.count(folder) > 1}
+    if shared:
+        raise UserError(
+            f"two runs of the sweep would train in {min(shared)}: their values are, or are named, the same"
+        )
+
+
 def _job(words: tuple[str, ...], slurm: SlurmJob, run_folder: str | None = None) -> Job:
     return Job(
-        words, slurm.nodes, slurm.processes_per_node, slurm.launcher, run_folder, run_folder is not None
+        words,
+        slurm.nodes,
+        slurm.processes_per_node,
+        slurm.launcher,
+        run_folder,
+        answers_signals=run_folder is not None,
+        launched_from=str(Path.cwd()),
     )
 
 

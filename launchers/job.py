@@ -16,9 +16,11 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from pgm_scale.errors import UserError
+from pgm_scale.secrets import redact
 
 SUBMITIT_FOLDER = "SUBMITIT_FOLDER"  # set by submitit in each task: where its files of the job are
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -32,6 +34,7 @@ class Job:
         words: of the command line, without `pgm-scale`.
         run_folder: of a training.
         answers_signals: the command itself takes the stop signals; others end by them.
+        launched_from: the folder in which relative paths of the words are meant.
     """
 
     words: tuple[str, ...]
@@ -40,17 +43,10 @@ class Job:
     launcher: Literal["srun", "torchrun"] = "srun"
     run_folder: str | None = None
     answers_signals: bool = False
+    launched_from: str | None = None
 
     def __call__(self) -> None:
-        signal.signal(
-            signal.SIGCONT, signal.SIG_DFL
-        )  # submitit tells of each, and Slurm sends it with the others
-        # Blocked, not handled: one that comes while torch is imported waits for the command's own handler.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        if not self.answers_signals:
-            for number in _SIGNALS:  # submitit has handlers of its own
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        _take_signals_from_submitit(self.answers_signals)
         files = TaskFiles.here(os.environ)
         files.remove_leftovers()
         if files.task == 0:
@@ -65,7 +61,8 @@ class Job:
 
     def _run(self, files: TaskFiles) -> int:
         try:
-            self._check_tasks(os.environ)
+            self._check_tasks(os.environ, files.is_local)
+            self._enter_folder()
             if files.is_local:
                 os.environ.update(_local_ranks(os.environ))
             if self.launcher == "torchrun":
@@ -76,26 +73,64 @@ class Job:
 
             return main(self.words)
         except UserError as error:
-            print(error, file=sys.stderr)
+            print(redact(str(error)), file=sys.stderr)
             return error.exit_code
         except SystemExit as error:  # argparse
-            return error.code if isinstance(error.code, int) else 1
+            if isinstance(error.code, str):
+                print(redact(error.code), file=sys.stderr)
+                return 1
+            return error.code or 0
+        except KeyboardInterrupt:
+            return 130
         except Exception:
             # Not for submitit, which would pickle the text: it may hold anything.
-            from pgm_scale.secrets import redact
-
-            print(redact(traceback.format_exc(), os.environ), file=sys.stderr)
+            print(redact(traceback.format_exc()), file=sys.stderr)
             return 1
 
-    def _check_tasks(self, environment: Mapping[str, str]) -> None:
+    def _enter_folder(self) -> None:
+        """A container may start its processes elsewhere."""
+        if self.launched_from is None:
+            return
+        try:
+            os.chdir(self.launched_from)
+        except OSError as error:
+            print(
+                f"warning: {self.launched_from}, where this was launched, cannot be entered here "
+                f"({error.strerror}): relative paths may be wrong",
+                file=sys.stderr,
+            )
+
+    def _check_tasks(self, environment: Mapping[str, str], is_local: bool) -> None:
         expected = self.nodes * (1 if self.launcher == "torchrun" else self.processes_per_node)
-        name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SUBMITIT_LOCAL_NTASKS"
+        name = "SUBMITIT_LOCAL_NTASKS" if is_local else "SLURM_STEP_NUM_TASKS"
         found = int(environment.get(name, expected))
         if found != expected:
             raise UserError(
                 f"this job was made for {expected} tasks ({self.nodes} nodes), and {name} is {found}: one task a "
                 "process is needed; look at `slurm.sbatch` and `slurm.srun` of the cluster file"
             )
+
+
+def _take_signals_from_submitit(are_answered: bool) -> None:
+    """Its handlers would requeue the job on rank 0 and swallow the signals on the others.
+
+    Signals that the command answers wait for the command's own handler, which comes after slow imports: blocked
+    here, and given back here by the threads of libraries that are loaded already, which do not block them. Others
+    end the process, but USR2: there is nothing to save, so the time until the limit itself is the command's.
+    """
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends it with the others
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
+        signal.signal(number, _keep_for_later if are_answered else signal.SIG_DFL)
+    if not are_answered:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _keep_for_later(number: int, frame: FrameType | None) -> None:
+    """Runs in the main thread, whichever has got the signal."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    signal.raise_signal(number)
 
 
 @dataclass(frozen=True)

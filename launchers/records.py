@@ -9,6 +9,7 @@ Jobs that ran here (--local) are not in it: they have no id of Slurm's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import getpass
@@ -86,7 +87,8 @@ def append_launches(folder: Path, records: Iterable[LaunchRecord]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # some network file systems have no such lock
+                fcntl.flock(file, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(size - 1)

@@ -23,6 +23,7 @@ _ENDED = (
 )
 # Of these dependencies a failed job leaves its dependents waiting for ever.
 _NEEDS_SUCCESS = re.compile(r"(?:afterok|aftercorr):(\d+(?:_\d+)?)")
+_PROMPTS = re.compile(r"^(?:scontrol: )+")  # of a scontrol that is built without readline
 _FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z/:]*)=")
 
 
@@ -87,6 +88,7 @@ def show_jobs(ids: Iterable[str]) -> dict[str, JobView]:
     done = _run(["scontrol", "--all", "--oneliner"], "".join(f"show job {array}\n" for array in arrays))
     found: dict[str, JobView] = {}
     for line in done.stdout.splitlines():
+        line = _PROMPTS.sub("", line)
         if line.startswith("JobId="):
             for view in parse_job(line):
                 found.setdefault(view.id, view)

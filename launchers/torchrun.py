@@ -11,8 +11,8 @@ from pgm_scale.parallel.launch import find_launch
 def run_torchrun(words: Sequence[str], nodes: int, processes: int) -> int:
     """Run `pgm-scale` with the words in so many processes on this node; returns the highest exit code.
 
-    This process has the stop signals blocked, and so has torchrun's agent, which would end the ranks by them: they
-    reach the ranks directly, as Slurm signals all processes of a task.
+    This process, torchrun's agent, holds the stop signals (launchers/job.py) and never acts on them, as it would
+    end the ranks: they reach the ranks directly, as Slurm signals all processes of a task.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -21,6 +21,7 @@ def run_torchrun(words: Sequence[str], nodes: int, processes: int) -> int:
     arguments = [
         *("--nnodes", str(nodes), "--nproc-per-node", str(processes), "--node-rank", str(launch.rank)),
         *("--master-addr", launch.master_address, "--master-port", str(launch.master_port)),
+        *("--signals-to-handle", "SIGHUP,SIGQUIT"),  # not the stop signals, as it would by default
         *("-m", "pgm_scale.cli", *words),
     ]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -75,7 +75,7 @@ class BenchRun:
             checkpointer,
             False,
         )
-        if checkpointer.store.under_way is not None and result.save_ended:
+        if checkpointer.store.under_way is not None and result.agreed.save_ended:
             checkpointer.finish()
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)

@@ -120,7 +120,8 @@ class WatchingConfig:
     finished, preempted, non_finite, hung, straggler, failed, crash_loop), _RUN, _STEP and _MESSAGE."""
 
     alert_command: str | None = None  # keep secrets out of it: it can read them from the environment
-    slow_rank_ratio: float = 1.5  # a rank's own seconds over those of its peers, above which it is named
+    # A rank's own seconds over those of its peers; one that is above it in three records in a row is named.
+    slow_rank_ratio: float = 1.5
     prometheus_folder: str | None = None  # of node_exporter's textfile collector
 
 

@@ -259,7 +259,7 @@ class TrainingRun:
                     self.mesh.is_main and self.job_end.is_too_near(self.checkpointer.save_s),
                 )
                 self._after_step(step + 1, result, stream)
-                if result.stop_requested and step + 1 < config.training.steps:
+                if result.agreed.stop_requested and step + 1 < config.training.steps:
                     raise Preempted(
                         f"stopped by a signal after step {step + 1}, which is saved in {self.folder.path}; "
                         "run the same command to go on"
@@ -297,16 +297,16 @@ class TrainingRun:
             self.codebook.add(terms)
         self.console.step(step)
         validates = last or step % config.validation.interval_steps == 0
-        saves = last or result.stop_requested or step % config.checkpoint.interval_steps == 0
+        saves = last or result.agreed.stop_requested or step % config.checkpoint.interval_steps == 0
         saves |= self.distillation is not None and self.distillation.starts_at(step)
         records = validates or saves or step % config.training.log_interval_steps == 0
         record = self._record(step, result, stream) if records else {}
         paused_s = time.perf_counter()
-        if result.save_ended:
+        if result.agreed.save_ended:
             self._finish_save()
-        if saves and result.too_late_to_save:
+        if saves and result.agreed.too_late_to_save:
             self._refuse_save(step)
-        if result.stop_requested:
+        if result.agreed.stop_requested:
             self._save(step)  # first, as the scheduler may not wait for a validation
         if validates:
             try:
@@ -317,7 +317,9 @@ class TrainingRun:
                 raise
         if records:
             self._write(record)
-        if saves and not result.stop_requested:  # after the record, which a resume from this step must find
+        if (
+            saves and not result.agreed.stop_requested
+        ):  # after the record, which a resume from this step must find
             self._save(step, in_background=config.checkpoint.asynchronous and not last)
         self.throughput.exclude(time.perf_counter() - paused_s)
 

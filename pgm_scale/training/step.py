@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +39,30 @@ def prepare_micro_batch(objective: Objective, batch: TokenBatch, draws: DrawSpec
     return MicroBatch(inputs, scored_tokens, batch.sample_numbers_B, fingerprint(batch))
 
 
+class Agreement(NamedTuple):
+    """What all ranks know of each other after the backward pass: whether it is so on any of them.
+
+    Attributes:
+        save_writes, save_failed: of the save under way: a rank still writes its part, or could not.
+        too_late_to_save: a save that is started now may not end before the job does.
+    """
+
+    loss_not_finite: bool
+    stop_requested: bool
+    save_writes: bool
+    save_failed: bool
+    too_late_to_save: bool
+
+    @property
+    def save_ended(self) -> bool:
+        return self.save_failed or not self.save_writes
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Global values of one step, equal on all ranks, and this rank's terms (last stage) and data for the log.
 
     Attributes:
-        save_ended: all ranks have written their parts of the save under way, or one could not.
-        too_late_to_save: a save that is started now may not end before the job does.
         fingerprint: of this rank's sequences, see `watching.fingerprint`.
         sample_numbers: the lowest and the highest of this rank's.
     """
@@ -54,9 +71,7 @@ class StepResult:
     scored_tokens: int
     gradient_norm: float
     learning_rate: float
-    stop_requested: bool
-    save_ended: bool
-    too_late_to_save: bool
+    agreed: Agreement
     terms: list[LossTerms]
     fingerprint: int
     sample_numbers: tuple[int, int]
@@ -106,15 +121,10 @@ def training_step(
         micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)
     )
     loss = float(sum(losses))  # 0 on the stages of a pipeline that do not compute it
-    flags = [
-        not math.isfinite(loss),
-        stop_requested,
-        checkpointer.is_writing,
-        checkpointer.has_failed,
-        too_late_to_save,
-    ]
-    refused, stops, save_writes, save_failed, too_late = map(bool, mesh.any(np.array(flags, np.float64)))
-    if refused:
+    saving = (checkpointer.is_writing, checkpointer.has_failed)
+    flags = Agreement(not math.isfinite(loss), stop_requested, *saving, too_late_to_save)
+    agreed = Agreement(*map(bool, mesh.any(np.array(flags, np.float64))))
+    if agreed.loss_not_finite:
         _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)
     global_loss = float(mesh.sum(np.array([loss]))[0])
     rate = learning_rate(config.optimizer, step, config.training.steps)
@@ -124,20 +134,10 @@ def training_step(
         _refuse_non_finite("gradient norm", step, True, batches, mesh)
     if ema is not None:
         ema.update()
-    save_ended = save_failed or not save_writes
+    norm, data = engine.gradient_norm, sum(batch.fingerprint for batch in batches)
     numbers = np.concatenate([batch.sample_numbers_B for batch in batches])
-    return StepResult(
-        loss=global_loss,
-        scored_tokens=int(scored_tokens),
-        gradient_norm=engine.gradient_norm,
-        learning_rate=rate,
-        stop_requested=stops,
-        save_ended=save_ended,
-        too_late_to_save=too_late,
-        terms=kept,
-        fingerprint=sum(batch.fingerprint for batch in batches),
-        sample_numbers=(int(numbers.min()), int(numbers.max())),
-    )
+    span = (int(numbers.min()), int(numbers.max()))
+    return StepResult(global_loss, int(scored_tokens), norm, rate, agreed, kept, data, span)
 
 
 def seed_dropout(*coordinates: int) -> None:

@@ -22,10 +22,13 @@ from pgm_scale.holder import node_name
 from pgm_scale.parallel.mesh import Mesh
 
 _PARTS = ("data", "compute")
+# A machine with more processes than cores makes some rank slow for a while, and another one later: only who is so
+# in so many intervals in a row stays so.
+_INTERVALS = 3
 # A rank is not slow for less than this share of the time between two records, nor for what is an operating
 # system's noise in short ones.
-_FLOOR_SHARE = 0.05
-_FLOOR_S = 0.05
+_FLOOR_SHARE = 0.1
+_FLOOR_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class ForwardClock:
 
 
 class StragglerReport:
-    """Finds the slow rank between two records. Construction and `find` are collective."""
+    """Finds the rank that stays slow, record after record. Construction and `find` are collective."""
 
     def __init__(self, module: nn.Module, mesh: Mesh, slow_ratio: float) -> None:
         self._mesh, self._slow_ratio = mesh, slow_ratio
@@ -134,10 +137,13 @@ class StragglerReport:
         self._hosts = [host for _, host in places]
         self._clock = ForwardClock(module, mesh.device)
         self._since_s: float | None = None
+        self._slow = (-1, 0)  # the rank that was slow in the newest interval, and in how many in a row
         self.ratio: float | None = None  # of the slowest rank at the last record, slow or not
 
     def find(self, data_wait_s: float) -> Straggler | None:
-        """The rank that was slow since the last record; the first record of a session holds its warm-up.
+        """The rank that was slow in this interval between two records and in the ones before it.
+
+        The first record of a session holds its warm-up and counts for nothing.
 
         Args:
             data_wait_s: that this rank has waited for data since the last record.
@@ -153,6 +159,9 @@ class StragglerReport:
             return None
         rank, self.ratio, excess_s, part = slowest
         floor_s = max(_FLOOR_S, _FLOOR_SHARE * float(numbers[0, -1]))
-        if self.ratio <= self._slow_ratio or excess_s < floor_s:
+        is_slow = self.ratio > self._slow_ratio and excess_s >= floor_s
+        before, intervals = self._slow
+        self._slow = (rank, intervals + 1 if rank == before else 1) if is_slow else (-1, 0)
+        if self._slow[1] < _INTERVALS:
             return None
         return Straggler(rank, self._hosts[rank], self.ratio, part)

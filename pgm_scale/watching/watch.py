@@ -58,7 +58,7 @@ class RunWatch:
         self._thread = threading.get_ident()
         self._due_s = 0.0
         self._unwritable: set[Path] = set()
-        self._straggler = (-1, "")
+        self._straggler = self._alerted_of = -1  # the slow rank, and the last that was told of
         self._alerts = Alerts(config.watching.alert_command, config.folder)
         now_s = time.time()
         self._beat = Heartbeat(
@@ -135,13 +135,15 @@ class RunWatch:
         self._set(last_checkpoint_step=step)
 
     def slow(self, step: int, straggler: Straggler | None) -> str | None:
-        """A line to print when a rank begins to be slow; the alert is sent as often as it may be."""
-        who = (-1, "") if straggler is None else (straggler.rank, straggler.part)
-        is_news, self._straggler = who != self._straggler, who
+        """A line to print when a rank begins to be slow. It is alerted once too, later if it comes too soon."""
+        rank = -1 if straggler is None else straggler.rank
+        is_news, self._straggler = rank != self._straggler, rank
         if straggler is None:
+            self._alerted_of = -1
             return None
         line = f"step {step}: {straggler}"
-        self._alert("straggler", line)
+        if rank != self._alerted_of and self._alert("straggler", line):
+            self._alerted_of = rank
         return line if is_news else None
 
     def hung(self, line: str) -> None:
@@ -187,9 +189,9 @@ class RunWatch:
         self._write()
         self._alert(event, line)
 
-    def _alert(self, event: Event, message: str) -> None:
-        if self._is_main:
-            self._alerts.send(event, self._beat.step, f"{self._beat.run}: {message}")
+    def _alert(self, event: Event, message: str) -> bool:
+        """Whether the command was started."""
+        return self._is_main and self._alerts.send(event, self._beat.step, f"{self._beat.run}: {message}")
 
     def _set(self, **values: Any) -> None:
         self._beat = dataclasses.replace(self._beat, **values)

@@ -97,9 +97,9 @@ class Job:
     def wait_for_state(self, *states: str, timeout_s: float = 120) -> None:
         self._wait(lambda: self.state in states, f"state {states}", timeout_s)
 
-    def wait_for_restart(self, timeout_s: float = 120) -> None:
-        before = self.restarts
-        self._wait(lambda: self.restarts > before, "a restart", timeout_s)
+    def wait_for_restarts(self, count: int, timeout_s: float = 120) -> None:
+        """Until the job has been requeued so often and runs again."""
+        self._wait(lambda: self.restarts >= count and self.state == "RUNNING", f"restart {count}", timeout_s)
 
     def wait_until_finished(self, timeout_s: float = 240) -> None:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
@@ -113,12 +113,15 @@ class Job:
             time.sleep(0.1)
 
     def task(self, rank: int) -> psutil.Process:
-        """The process of a rank."""
+        """The process of a rank, when it has started."""
+        self._wait(lambda: self._tasks(rank) != [], f"a task {rank}", 60)
+        return self._tasks(rank)[0]
+
+    def _tasks(self, rank: int) -> list[psutil.Process]:
         found = [process for process in _processes() if _environment(process).get("SLURM_JOB_ID") == self.id]
         # The batch script's srun has the same words, behind others.
         named = [p for p in found if p.cmdline()[1:4] == ["-u", "-m", "submitit.core._submit"]]
-        (process,) = [p for p in named if _environment(p).get("SLURM_PROCID") == str(rank)]
-        return process
+        return [p for p in named if _environment(p).get("SLURM_PROCID") == str(rank)]
 
     @property
     def logs(self) -> str:

@@ -72,7 +72,7 @@ def test_the_uninterrupted_run(reference: Path) -> None:
 def test_time_limit(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
     """Slurm looks every 30 s for jobs that near their end: USR2 comes after half of the minute, again and again."""
     job = cluster.train(data, folder / "limit", "--time", "1")
-    job.wait_for_restart()
+    job.wait_for_restarts(1)
     assert 0 < job.step < LAST_STEP
     finished(job, reference, timeout_s=800)
     assert "stopped by a signal" in job.logs
@@ -124,7 +124,7 @@ def test_a_stopped_task_is_named_with_its_stack(
     job.wait_for_step(60)
     job.task(3).suspend()
     stopped_s = time.monotonic()
-    job.wait_for_restart()
+    job.wait_for_restarts(1)
     assert time.monotonic() - stopped_s < 15 + 20 + 25
     assert "rank 3" in job.logs
     assert "is stopped" in job.logs
@@ -149,7 +149,9 @@ def test_preemption(cluster: Cluster, data: Path, folder: Path, reference: Path)
     job = cluster.train(data, folder / "preempted")
     job.wait_for_step(40)
     (job.run / "jobs" / f"{job.id}_0_result.save_tmp").touch()
-    cluster.slurm.submit("#!/bin/bash\nsleep 3\n", "--partition=urgent", "--exclusive", "--nodes=2")
+    cluster.slurm.submit(
+        "#!/bin/bash\nsleep 3\n", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null"
+    )
     finished(job, reference)
     assert job.restarts == 1
 
@@ -166,6 +168,39 @@ def test_a_preflight_and_what_follows_it(cluster: Cluster, data: Path, folder: P
     assert report["bad_nodes"] == [], report
     assert set(report["nodes"]) == {"node1", "node2"}
     assert cluster.slurm.job_state(preflight) == "COMPLETED"
+
+
+def test_a_sweep(cluster: Cluster, data: Path, folder: Path) -> None:
+    """One run of the array is told to stop: it alone is requeued, and goes on in its own folder."""
+    words = [*training_words(data, folder / "sweep"), "training.steps=60", "training.seed=1,2"]
+    ids = cluster.launch("train", *words, "--cluster", str(CLUSTER), "--nodes", "1", "--tasks-per-node", "1")
+    jobs = [
+        Job(cluster.slurm, job, folder / f"sweep-seed={seed}") for job, seed in zip(ids, (1, 2), strict=True)
+    ]
+    jobs[1].wait_for_step(10)
+    cluster.slurm.run("scancel", "--signal=USR2", jobs[1].id)
+    for job in jobs:
+        job.wait_until_finished()
+        assert [record["step"] for record in records(job.run)] == list(range(1, 61))
+    assert [job.restarts for job in jobs] == [0, 1]
+    status = cluster.pgm_scale("launch", "status", str(jobs[1].run), "--json")
+    assert json.loads(status)[0]["job_id"] == jobs[1].id
+
+
+def test_a_crash_loop_ends(cluster: Cluster, data: Path, folder: Path) -> None:
+    """Killed before its first checkpoint, twice, where one restart is allowed; then the alert command is told."""
+    path = folder / "one-restart.yaml"
+    path.write_text(CLUSTER.read_text() + "  restarts_without_progress: 1\n")
+    alert = f"watching.alert_command=echo $PGM_SCALE_EVENT >> {folder}/alerts"
+    job = cluster.train(data, folder / "loop", "--cluster", str(path), "--tasks-per-node", "1", alert)
+    for restart in range(2):
+        job.wait_for_restarts(restart)
+        job.wait_for_step(1)
+        job.task(0).kill()
+    job.wait_for_state("FAILED")
+    assert job.restarts == 1
+    assert "2 attempts in a row ended (the last with exit code 137)" in job.logs
+    assert (folder / "alerts").read_text().splitlines()[-1] == "crash_loop"
 
 
 def test_cancelled_is_not_requeued(cluster: Cluster, data: Path, folder: Path) -> None:
