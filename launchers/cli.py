@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from launchers.command import LAUNCHABLE, TRAININGS, Stage, build_stage, with_ex
 from pgm_scale.cli.arguments import positive
 from pgm_scale.errors import UserError
 
+_JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 # Options of the command line that are keys of the `slurm` section.
 _SETTINGS = ("nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos")
 
@@ -80,6 +82,7 @@ def launch(words: Sequence[str]) -> None:
     if hasattr(options, "run"):  # status, logs, cancel
         options.run(parser.parse_args(words))
         return
+    _check_first(options)
     stages = [_stage(options, rest, options.cluster, follows=options.after is not None)]
     for link in links[1:]:
         following, rest = parser.parse_known_args(link)
@@ -105,6 +108,17 @@ def _split_chain(words: Sequence[str]) -> list[list[str]]:
     return links
 
 
+def _check_first(options: argparse.Namespace) -> None:
+    if options.after is not None and not _JOB_ID.fullmatch(options.after):
+        raise UserError(
+            f"--after {options.after}: give the id of one job, for example 12, or 12_3 of an array"
+        )
+    if options.after is not None and options.local:
+        raise UserError(
+            "--after: nothing here waits for a job of Slurm's; leave it out, or leave out --local"
+        )
+
+
 def _check_following(options: argparse.Namespace) -> None:
     if hasattr(options, "run"):
         raise UserError(
@@ -125,7 +139,8 @@ def _stage(options: argparse.Namespace, rest: list[str], cluster: str | None, fo
         name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None
     }
     stage = build_stage(options.action, rest, cluster, settings, options.name, follows)
-    return with_exclusions(stage, _excluded(options.exclude)) if options.exclude else stage
+    nodes = _excluded(options.exclude) if options.exclude else ""
+    return with_exclusions(stage, nodes) if nodes else stage
 
 
 def _excluded(given: str) -> str:
@@ -133,9 +148,15 @@ def _excluded(given: str) -> str:
     if not given.endswith(".json"):
         return given
     try:
-        return ",".join(str(node) for node in json.loads(Path(given).read_text())["bad_nodes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--exclude {given}: {error}; give the JSON of `doctor --cluster --json`") from None
+        report = json.loads(Path(given).read_text())
+    except OSError as error:
+        raise UserError(f"--exclude {given}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        report = None
+    nodes = report.get("bad_nodes") if isinstance(report, dict) else None
+    if not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes):
+        raise UserError(f"--exclude {given}: names no bad_nodes; give the JSON of `doctor --cluster --json`")
+    return ",".join(nodes)
 
 
 def _print_texts(stages: list[Stage], after: str | None) -> None:
@@ -152,7 +173,7 @@ def _print_texts(stages: list[Stage], after: str | None) -> None:
 
 
 def _run_here(stages: list[Stage]) -> None:
-    from launchers.submission import run_here
+    from launchers.local import run_here
 
     for stage in stages:
         code = run_here(stage, lambda line: print(line, file=sys.stderr))
@@ -178,7 +199,7 @@ def _submit(stages: list[Stage], after: str | None) -> None:
             before = ", ".join(f"{earlier.name} as {earlier_ids[0]}" for earlier, earlier_ids in done)
             raise UserError(f"{error}\n  submitted before it: {before}" if done else str(error)) from None
         if done and done[-1][0].is_preflight:
-            tell_preflight(done[-1][0], done[-1][1][0], ids)
+            tell_preflight(done[-1][0], done[-1][1][0], stage, ids)
         _record(stage, ids, dependency)
         done.append((stage, ids))
         waits_for.append(dependency_on(stage, ids))
@@ -208,10 +229,17 @@ def _refuse_second_job(stage: Stage) -> None:
 
 
 def _record(stage: Stage, ids: list[str], dependency: str | None) -> None:
-    """Write down what was submitted, and tell it."""
+    """Tell what was submitted, and write it down."""
     from launchers.records import LaunchRecord, append_launches
 
     slurm, array = stage.slurm, ids[0].partition("_")[0]
+    waits = f", {dependency}" if dependency else ""
+    size = f"{slurm.nodes} nodes x {slurm.processes_per_node} processes, {slurm.time}"
+    for job_id, job in zip(ids, stage.jobs, strict=True):
+        print(f"{stage.command}: job {job_id} ({stage.name}): {size}{waits}")
+        if job.run_folder:
+            print(f"  run   {job.run_folder}")
+        print(f"  logs  {stage.folder}/{job_id}_*_log.out, .err")
     append_launches(
         stage.folder,
         [
@@ -228,10 +256,3 @@ def _record(stage: Stage, ids: list[str], dependency: str | None) -> None:
             for job_id, job in zip(ids, stage.jobs, strict=True)
         ],
     )
-    waits = f", {dependency}" if dependency else ""
-    size = f"{slurm.nodes} nodes x {slurm.processes_per_node} processes, {slurm.time}"
-    for job_id, job in zip(ids, stage.jobs, strict=True):
-        print(f"{stage.command}: job {job_id} ({stage.name}): {size}{waits}")
-        if job.run_folder:
-            print(f"  run   {job.run_folder}")
-        print(f"  logs  {stage.folder}/{job_id}_*_log.out, .err")

@@ -155,7 +155,9 @@ def _problems(job: SlurmJob) -> list[str]:
         if name.replace("-", "_") in SlurmJob.__dataclass_fields__
     ]
     problems += [
-        f"slurm.sbatch: {name!r} is set by the launcher; leave it out" for name in job.sbatch if name in _TAKEN
+        f"slurm.sbatch: {name!r} is set by the launcher; leave it out"
+        for name in job.sbatch
+        if name.replace("_", "-") in _TAKEN
     ]
     try:
         if job.minutes < 1:

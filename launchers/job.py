@@ -1,8 +1,8 @@
 """What submitit pickles, and every task of a job runs: one command of `pgm-scale`.
 
-Only words are pickled. A requeued job runs its first pickle again, so nothing in it may say from where to go on:
-the run folder does. submitit's own checkpointing is not used: it acts in a signal handler of rank 0 alone, while
-the other ranks train on.
+Only words and where they were given are pickled. A requeued job runs its first pickle again, so nothing in it may
+say from where to go on: the run folder does. submitit's own checkpointing is not used: it acts in a signal handler
+of rank 0 alone, while the other ranks train on.
 """
 
 from __future__ import annotations

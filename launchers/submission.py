@@ -1,36 +1,45 @@
-"""From stages to Slurm, through submitit: sbatch texts, arrays, chains; or the same jobs on this machine."""
+"""From stages to Slurm, through submitit: sbatch texts, arrays, chains."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import signal
+import shutil
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from launchers.command import Stage
-from launchers.job import Job
+from launchers.after import NextJobs
+from launchers.command import SINGLE, Stage
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
 from pgm_scale.secrets import check_free_of_secrets
 
+# How to reach Slurm, from inside a job too.
+_REACHES_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # In bash, as they depend on the node and on the restart. No Python: it may live in a container.
 _KEEP_SCRIPT = [
-    "# Without it, a signal would end this script before what comes after srun.",
+    "# Neither a signal nor an exit code may end this script before what comes after srun.",
     "trap : TERM USR2",
+    "set +eu",
+    "# The number alone may be that of a whole array.",
+    'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"',
 ]
 _END_TIME = [
     "# A training starts a save only if it fits into the time that is left.",
-    'export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d '
-    '"$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s)}"',
+    'end="$(SLURM_TIME_FORMAT=standard squeue --noheader --jobs "$job" --format %e)"',
+    'if [ -n "$end" ]; then export SLURM_JOB_END_TIME="$(date -d "$end" +%s)"; fi',
+]
+_MASTER_ADDRESS = [
+    "# Rank 0 runs on this node.",
+    'MASTER_ADDR="$SLURMD_NODENAME"; getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR="$(hostname)"',
 ]
 _RENDEZVOUS = [
-    "# Rank 0 runs on this node; a port that nobody listens on, another one after each restart.",
-    'MASTER_ADDR="$SLURMD_NODENAME"; getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR="$(hostname)"',
+    "# A port that nobody listens on, another one after each restart.",
     'port="$(( 20000 + (SLURM_JOB_ID * 131 + ${SLURM_RESTART_COUNT:-0} * 7919) % 12000 ))"',
     'while (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port="$(( port + 1 ))"; done',
     'export MASTER_ADDR MASTER_PORT="$port"',
@@ -48,7 +57,7 @@ def sbatch_text(stage: Stage, dependency: str | None = None) -> str:
         executor.parameters["map_count"] = len(stage.jobs)
     text = executor._make_submission_file_text(executor._submitit_command_str, "")
     check_free_of_secrets(text, f"the sbatch text of {stage.name}", os.environ)
-    _check_words(stage)
+    check_words(stage)
     return text
 
 
@@ -61,19 +70,42 @@ def submit(stage: Stage, dependency: str | None = None) -> list[str]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     sbatch_text(stage, dependency)  # refuses secrets
+    if missing := [program for program in ("sbatch", "srun") if shutil.which(program) is None]:
+        raise UserError(
+            f"no Slurm here ({missing[0]} not found): launch on a login node, or try --dry-run or --local"
+        )
     try:
         stage.folder.mkdir(parents=True, exist_ok=True)
         executor = _slurm_executor(stage, dependency)
-        with executor.batch():  # of several jobs an array
+        with _outside_of_jobs(), executor.batch():  # of several jobs an array
             jobs = [executor.submit(job) for job in stage.jobs]
     except OSError as error:
-        raise UserError(
-            f"{stage.folder} cannot be written ({error.strerror}); choose another run folder"
-        ) from None
+        raise unwritable(stage, error) from None
     except (FailedJobError, FailedSubmissionError) as error:
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(f"sbatch refuses {stage.name}: {last}; look at it with --dry-run") from None
+        said = str(error).strip() or "it does not say why"
+        raise UserError(
+            f"sbatch refuses {stage.name}: {said.splitlines()[-1]}; look at it with --dry-run"
+        ) from None
     return [job.job_id for job in jobs]
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Launched from a shell inside a job, sbatch would hand that job's sizes, ids and ranks on to the new one."""
+    names = [
+        name
+        for name in (os.environ if "SLURM_JOB_ID" in os.environ else ())
+        if (name.startswith(_OF_A_JOB) and name not in _REACHES_SLURM) or name in _OF_A_RANK
+    ]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def unwritable(stage: Stage, error: OSError) -> UserError:
+    return UserError(f"{stage.folder} cannot be written ({error.strerror}); choose another run folder")
 
 
 def dependency_on(stage: Stage, job_ids: list[str]) -> str:
@@ -81,10 +113,11 @@ def dependency_on(stage: Stage, job_ids: list[str]) -> str:
     return f"{'afterany' if stage.is_preflight else 'afterok'}:{job_ids[0].partition('_')[0]}"
 
 
-def tell_preflight(stage: Stage, job_id: str, next_jobs: list[str]) -> None:
+def tell_preflight(stage: Stage, job_id: str, following: Stage, next_jobs: list[str]) -> None:
     """Let `launchers.after` of a preflight know which jobs wait for it."""
     ids = sorted({job.partition("_")[0] for job in next_jobs})
-    atomic_write_bytes(stage.folder / f"{job_id}_next.json", json.dumps(ids).encode())
+    waiting = NextJobs(tuple(ids), following.slurm.exclude or "")
+    atomic_write_bytes(stage.folder / f"{job_id}_next.json", json.dumps(vars(waiting)).encode())
 
 
 def _slurm_executor(stage: Stage, dependency: str | None) -> Any:
@@ -124,7 +157,7 @@ def _slurm_executor(stage: Stage, dependency: str | None) -> Any:
         additional_parameters={
             "requeue": True,
             **({"kill-on-invalid-dep": "yes"} if dependency else {}),
-            **slurm.sbatch,
+            **{name: value or True for name, value in slurm.sbatch.items()},
         },
     )
     return executor
@@ -139,7 +172,9 @@ def _setup(stage: Stage) -> list[str]:
     lines = [f"module load {shlex.quote(module)}" for module in slurm.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
     lines += [*slurm.setup, *_KEEP_SCRIPT, *_END_TIME]
-    return lines + (_RENDEZVOUS if slurm.processes > 1 else [])
+    if slurm.processes == 1 and stage.command in SINGLE:
+        return lines
+    return lines + ([] if "MASTER_ADDR" in slurm.environment else _MASTER_ADDRESS) + _RENDEZVOUS
 
 
 def _srun_words(stage: Stage) -> list[str]:
@@ -157,7 +192,7 @@ def _teardown(stage: Stage, python: str) -> list[str]:
     folder = shlex.quote(str(stage.folder))
     return [
         "code=$?",
-        'state="$(scontrol --oneliner show job "$SLURM_JOB_ID")"',
+        'state="$(scontrol --oneliner show job "$job")"',
         f'commands="$({python} -m launchers.after {folder} --exit-code "$code" --state "$state" '
         f'--restarts {slurm.restarts_without_progress})"',
         'eval "$commands"',
@@ -166,70 +201,6 @@ def _teardown(stage: Stage, python: str) -> list[str]:
     ]
 
 
-def _check_words(stage: Stage) -> None:
+def check_words(stage: Stage) -> None:
     for job in stage.jobs:
         check_free_of_secrets(" ".join(job.words), f"the command line of {stage.name}", os.environ)
-
-
-def run_here(stage: Stage, say: Callable[[str], None]) -> int:
-    """Run the jobs of a stage on this machine, one after the other; the highest exit code."""
-    _check_words(stage)
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    return max(_run_here(stage, job, say) for job in stage.jobs)
-
-
-def _run_here(stage: Stage, job: Job, say: Callable[[str], None]) -> int:
-    from submitit.core.utils import environment_variables
-    from submitit.local.local import LocalExecutor
-
-    from pgm_scale.parallel.launch import free_port
-
-    slurm = stage.slurm
-    if job.launcher == "torchrun":
-        raise UserError("--local starts the processes itself: set slurm.launcher to srun in the cluster file")
-    executor = LocalExecutor(stage.folder)
-    executor.update_parameters(
-        timeout_min=slurm.minutes,
-        tasks_per_node=slurm.processes,
-        gpus_per_node=slurm.gpus_per_node,
-        signal_delay_s=slurm.signal_before_s,
-    )
-    # Ctrl-C reaches all processes of a terminal: the tasks answer it, submitit's controller would kill them.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        with environment_variables(MASTER_PORT=free_port(), **slurm.environment):
-            running = executor.submit(job)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    say(f"{stage.name}: {slurm.processes} processes here; logs {stage.folder}/{running.job_id}_*_log.err")
-    _follow(running, say)
-    codes = [_exit_code(stage.folder, running.job_id, task) for task in range(slurm.processes)]
-    return max(codes)
-
-
-def _follow(running: Any, say: Callable[[str], None]) -> None:
-    """Print what task 0 says until all have ended; Ctrl-C asks them to stop, and goes on waiting for that."""
-    read_bytes = {running.paths.stdout: 0, running.paths.stderr: 0}
-    done = False
-    while not done:
-        try:
-            done = running._process.poll() is not None
-            for path, start in read_bytes.items():
-                if path.exists():
-                    with open(path, "rb") as file:
-                        file.seek(start)
-                        text = file.read()
-                    read_bytes[path] = start + len(text)
-                    sys.stderr.write(text.decode(errors="replace"))
-            time.sleep(0.0 if done else 0.2)
-        except KeyboardInterrupt:
-            say("stopping: the tasks save first")
-            running._process.send_signal(signal.SIGTERM)
-
-
-def _exit_code(folder: Path, job: str, task: int) -> int:
-    """Of a task; 137 where it could not write it: it was killed, or ended by its watchdog."""
-    try:
-        return int(json.loads((folder / f"{job}_{task}_exit.json").read_text())["code"])
-    except (OSError, ValueError, KeyError):
-        return 137

@@ -20,6 +20,7 @@ from pgm_scale import config as configuration
 from pgm_scale.config import OptimizerConfig, ParallelConfig, RunConfig
 from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import UserError
+from pgm_scale.holder import node_name
 from pgm_scale.parallel.launch import Launch, find_launch
 from pgm_scale.parallel.layout import layout_problems
 from pgm_scale.parallel.mesh import connected
@@ -39,7 +40,7 @@ def examine(config_path: str | None, overrides: Iterable[str]) -> None:
     problems: list[str] = []
     check = partial(layout_problems, world_size=launch.world_size)
     config = configuration.load(config_path, overrides, check, fill_in_model) if config_path else None
-    ranks = _rank_map(launch, config.parallel if config else ParallelConfig(), problems)
+    ranks = _rank_map(launch, config.parallel if config else ParallelConfig())
     if launch.rank == 0:
         table = Table("what", "found", box=None, pad_edge=False)
         for name, found in _machine(ranks, problems):
@@ -83,7 +84,7 @@ def _optimizer() -> str:
     return f"{kind.__name__} ({apex})"
 
 
-def _rank_map(launch: Launch, parallel: ParallelConfig, problems: list[str]) -> list[str]:
+def _rank_map(launch: Launch, parallel: ParallelConfig) -> list[str]:
     """One line a rank with its place in the layout; alone, no process group is made."""
     if launch.source == "single":
         return ["single process (torchrun or srun would be seen here)"]
@@ -91,11 +92,8 @@ def _rank_map(launch: Launch, parallel: ParallelConfig, problems: list[str]) -> 
         mesh = connection.arranged(parallel)
         place = f"tensor {mesh.tensor_rank}, data {mesh.data_rank}, stage {mesh.stage}"
         lines = mesh.gather(
-            f"rank {mesh.rank}: {platform.node()} {mesh.device} (local rank {mesh.local_rank}; {place})"
+            f"rank {mesh.rank}: {node_name()} {mesh.device} (local rank {mesh.local_rank}; {place})"
         )
-    devices = [line.split(": ", 1)[1].split(" (")[0] for line in lines]
-    if torch.cuda.is_available() and len(set(devices)) < len(devices):
-        problems.append("two ranks share a GPU; start one task per GPU")
     return [f"{launch.source}, {launch.world_size} ranks, master {launch.master_address}", *lines]
 
 

@@ -22,7 +22,9 @@ from pgm_scale.errors import UserError
 
 _MIN_CHARACTERS = 8
 # Of the words of a name: HF_TOKEN and DBPASSWORD, but neither TOKENIZERS_PARALLELISM nor MAX_TOKENS.
-_SECRET_WORD = re.compile(r"(KEY|APIKEYS|KEYS|TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|JWT)$")
+_SECRET_WORD = re.compile(
+    r"(KEY|APIKEYS|KEYS|TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|JWT|^PASS|^WEBHOOK)$"
+)
 _PATH_WORDS = ("FILE", "PATH", "DIR", "FOLDER")  # the last word: where a secret lies is none
 # user:password, but not $USER:$PASSWORD, which the shell fills in, nor the tag of docker://image:tag@sha256:...
 _ADDRESS_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/:@?#]*:(?!\$)[^\s/@?#]+)@(?!sha256:)")

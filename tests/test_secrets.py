@@ -49,6 +49,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         *SECRETS,
         *("HUGGING_FACE_HUB_TOKEN", "DB_PASSWORD", "MYPASSWORD", "app_secret", "GITHUBTOKEN", "SLURM_JWT"),
         *("AWS_CONTAINER_AUTHORIZATION_TOKEN", "AZURE_STORAGE_KEY", "CLIENT_SECRETS", "SSH_PASSPHRASE"),
+        *("SMTP_PASS", "SLACK_WEBHOOK_URL"),
     ],
 )
 def test_names_of_secrets(name: str) -> None:
@@ -67,6 +68,7 @@ def test_names_of_secrets(name: str) -> None:
             "AWS_SHARED_CREDENTIALS_FILE",
         ),
         *("HF_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "KEYBOARD", "HOME", "SECRETARY", "PWD"),
+        *("COMPASS", "BYPASS_CACHE"),
     ],
 )
 def test_names_of_settings(name: str) -> None:

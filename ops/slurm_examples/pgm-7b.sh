@@ -25,12 +25,17 @@
 #SBATCH --time=1440
 
 # setup
-# Without it, a signal would end this script before what comes after srun.
+# Neither a signal nor an exit code may end this script before what comes after srun.
 trap : TERM USR2
+set +eu
+# The number alone may be that of a whole array.
+job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"
 # A training starts a save only if it fits into the time that is left.
-export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s)}"
-# Rank 0 runs on this node; a port that nobody listens on, another one after each restart.
+end="$(SLURM_TIME_FORMAT=standard squeue --noheader --jobs "$job" --format %e)"
+if [ -n "$end" ]; then export SLURM_JOB_END_TIME="$(date -d "$end" +%s)"; fi
+# Rank 0 runs on this node.
 MASTER_ADDR="$SLURMD_NODENAME"; getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR="$(hostname)"
+# A port that nobody listens on, another one after each restart.
 port="$(( 20000 + (SLURM_JOB_ID * 131 + ${SLURM_RESTART_COUNT:-0} * 7919) % 12000 ))"
 while (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port="$(( port + 1 ))"; done
 export MASTER_ADDR MASTER_PORT="$port"
@@ -42,7 +47,7 @@ srun --unbuffered --output /shared/runs/pgm-7b/jobs/%j_%t_log.out --error /share
 
 # teardown
 code=$?
-state="$(scontrol --oneliner show job "$SLURM_JOB_ID")"
+state="$(scontrol --oneliner show job "$job")"
 commands="$(/shared/pgm-scale/.venv/bin/python -m launchers.after /shared/runs/pgm-7b/jobs --exit-code "$code" --state "$state" --restarts 3)"
 eval "$commands"
 exit "$code"

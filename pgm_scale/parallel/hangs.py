@@ -80,13 +80,16 @@ class Culprit:
 class Verdict:
     """What all ranks say when they end: one `line`, and the `stacks` of the culprits, printed by rank `maker`.
 
-    `silent` are the processes that cannot end themselves.
+    Attributes:
+        silent: the processes that cannot end themselves.
+        hosts: see `blamed_hosts`.
     """
 
     maker: int
     line: str
     stacks: str
     silent: tuple[Holder, ...]
+    hosts: tuple[str, ...]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -94,7 +97,8 @@ class Verdict:
     @staticmethod
     def from_json(text: str) -> Verdict:
         fields = json.loads(text)
-        return Verdict(**{**fields, "silent": tuple(Holder(**process) for process in fields["silent"])})
+        silent = tuple(Holder(**process) for process in fields["silent"])
+        return Verdict(**{**fields, "silent": silent, "hosts": tuple(fields["hosts"])})
 
 
 def find_culprits(
@@ -145,6 +149,13 @@ def _standstill(beat: Beat, where: str) -> str:
 def _last(beats: Sequence[Beat]) -> list[Beat]:
     behind = min((beat.position for beat in beats), default=(0, 0))
     return [beat for beat in beats if beat.position == behind]
+
+
+def blamed_hosts(culprits: Sequence[Culprit], ranks: int) -> tuple[str, ...]:
+    """Whose fault it is, sorted; none if the culprits are all of the `ranks`: they wait for each other."""
+    if len(culprits) == ranks:
+        return ()
+    return tuple(sorted({culprit.beat.process.host for culprit in culprits}))
 
 
 def describe(culprits: Sequence[Culprit]) -> str:

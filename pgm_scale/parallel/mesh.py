@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pgm_scale.config import ParallelConfig
+from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.parallel.launch import Launch
 from pgm_scale.parallel.rendezvous import join, rank_map
 from pgm_scale.parallel.watchdog import Watchdog
@@ -163,7 +164,7 @@ def connected(
     launch: Launch,
     timeout_s: float = ParallelConfig.timeout_s,
     hangs_folder: Path | None = None,
-    on_hang: Callable[[str], None] | None = None,
+    on_hang: Callable[[Verdict], None] | None = None,
 ) -> Iterator[Mesh]:
     """Join the process group (NCCL where this process has a GPU, gloo elsewhere), under a watchdog.
 

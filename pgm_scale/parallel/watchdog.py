@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from pgm_scale.errors import HungRankError, UserError
 from pgm_scale.holder import Holder
-from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, describe, find_culprits
+from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, blamed_hosts, describe, find_culprits
 from pgm_scale.parallel.launch import Launch
 from pgm_scale.parallel.processes import (
     calls_of,
@@ -81,7 +81,7 @@ class Watchdog:
         timeout_s: end the run when no rank has made progress for as long. A collective's own time-out should
             be several times longer, as it does not know a slow rank from a hung one.
         folder: `<run>/hangs`: each rank adds its stacks to a file there when the run ends so.
-        on_hang: called on the rank that judges, in a thread, with the line that all ranks say; it has 5 s.
+        on_hang: called on the rank that judges, in a thread; it has 5 s.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Watchdog:
         store: dist.Store,
         timeout_s: float,
         folder: str | Path | None = None,
-        on_hang: Callable[[str], None] | None = None,
+        on_hang: Callable[[Verdict], None] | None = None,
     ) -> None:
         self._launch, self._store, self._timeout_s = launch, store, timeout_s
         self._folder = Path(folder) if folder is not None else None
@@ -263,7 +263,7 @@ class Watchdog:
             within(_REPORT_S, lambda: os.write(2, text.encode()))  # `sys.stderr` has a lock
             within(_REPORT_S, lambda: self._write_stacks(verdict))
         if self._on_hang is not None and verdict.maker == rank:
-            tell = partial(self._on_hang, verdict.line)
+            tell = partial(self._on_hang, verdict)
             with contextlib.suppress(TimeoutError, OSError):
                 within(_REPORT_S, tell)
 
@@ -408,7 +408,8 @@ class Watchdog:
         )
         stacks = "".join(culprit.stack() for culprit in culprits[:_SHOWN_STACKS])
         silent = tuple(culprit.beat.process for culprit in culprits if culprit.silent)
-        return Verdict(maker, line, stacks, silent)
+        hosts = blamed_hosts(culprits, self._launch.world_size)
+        return Verdict(maker, line, stacks, silent, hosts)
 
     def _decide(self, verdict: Verdict) -> None:
         if self._verdict is None:

@@ -28,13 +28,12 @@ _HARMLESS = frozenset({"kernel", "processors"})
 
 @dataclass(frozen=True)
 class Place:
-    """A rank and where it runs. `gpu` is the UUID of its GPU, "" on a CPU."""
+    """A rank and where it runs."""
 
     rank: int
     node: str
     local_rank: int
     pid: int
-    gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,14 +139,6 @@ def blame(
 
 
 def _judge_places(reports: Sequence[RankReport]) -> Iterator[tuple[int, Row]]:
-    ranks_of: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    for place in (report.place for report in reports):
-        if place.gpu:
-            ranks_of[place.node, place.gpu].append(place.rank)
-    for sharing in ranks_of.values():
-        if len(sharing) > 1:
-            text = f"ranks {', '.join(map(str, sharing))} share one"
-            yield sharing[0], Row("GPU", text, "bad", "start one task per GPU")
     nodes = ranks_by_node(report.place for report in reports)
     usual = majority(len(ranks) for ranks in nodes.values())
     for ranks in nodes.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pgm_scale.files import atomic_write_bytes, finite
+from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.preflight.judgement import (
     Limits,
     RankReport,
@@ -26,11 +26,10 @@ from pgm_scale.preflight.judgement import (
 )
 from pgm_scale.preflight.rows import Row, Status, fold_names, worst
 
-Verdict = Literal["ok", "warning", "bad", "unfinished"]
+Outcome = Literal["ok", "warning", "bad", "unfinished"]
 
 _SHOWN_NODES = 8  # more are folded by what is wrong with them
 _SHOWN_PROBLEMS = 8  # of one check
-_CULPRIT = re.compile(r"rank (\d+) \(host")
 _WIDTH = 130  # where the output is a log file
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("matmul", "matmul", flops_text),
@@ -165,16 +164,10 @@ def write_json(path: str | Path, reports: Sequence[RankReport], limits: Limits, 
     atomic_write_bytes(Path(path), (json.dumps(content, indent=1) + "\n").encode())
 
 
-def add_hang(path: str | Path, line: str) -> None:
-    """Say in an unfinished file how the preflight ended, and exclude the nodes of the ranks that are named.
-
-    Args:
-        line: the watchdog's, in which a culprit is `rank 3 (host gpu007, pid 12) ...`.
-    """
+def add_hang(path: str | Path, verdict: Verdict) -> None:
+    """Say in an unfinished file how the preflight ended, and exclude the nodes that are to blame."""
     tree = json.loads(Path(path).read_bytes())
-    culprits = {int(rank) for rank in _CULPRIT.findall(line)}
-    hung = {node for node, found in tree["nodes"].items() if not culprits.isdisjoint(found["ranks"])}
-    tree |= {"hang": line, "bad_nodes": sorted(hung.union(tree["bad_nodes"]))}
+    tree |= {"hang": verdict.line, "bad_nodes": sorted({*verdict.hosts, *tree["bad_nodes"]})}
     atomic_write_bytes(Path(path), (json.dumps(tree, indent=1) + "\n").encode())
 
 
@@ -185,7 +178,7 @@ def to_mapping(reports: Sequence[RankReport], limits: Limits, finished: bool) ->
         node: [row for r in reports if r.place.rank in set(ranks) for row in r.rows]
         for node, ranks in nodes.items()
     }
-    verdict: Verdict = worst(row.status for rows in rows_of.values() for row in rows)
+    verdict: Outcome = worst(row.status for rows in rows_of.values() for row in rows)
     by_rank = {report.place.rank: report for report in reports}
     statuses: tuple[Status, ...] = ("bad", "warning")
     return {

@@ -148,8 +148,7 @@ def examine_ranks(
         config: None to look at nodes and network only.
         rows: what this rank has found already.
     """
-    gpu = str(torch.cuda.get_device_properties(mesh.device).uuid) if mesh.device.type == "cuda" else ""
-    place = Place(mesh.rank, node_name(), mesh.local_rank, os.getpid(), gpu)
+    place = Place(mesh.rank, node_name(), mesh.local_rank, os.getpid())
     nodes = ranks_by_node(report.place for report in _write(mesh, RankReport(place), options, limits))
     report = RankReport(place, (*rows, *_machine_rows(mesh, nodes[place.node], probes)))
     report = _with_versions(mesh, report, probes)

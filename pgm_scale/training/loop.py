@@ -446,7 +446,8 @@ class TrainingRun:
     def _close(self) -> None:
         self.store.give_up()
         self.console.close()
-        self.tracker.close()
+        # The batch script has to requeue the job before it ends.
+        self.tracker.close(patience_s=min(60.0, max(5.0, self.job_end.left_s / 2)))
         if self.file is not None:
             self.file.close()
         self.engine.close()

@@ -6,12 +6,15 @@ session sends what it has missed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from pgm_scale import config as configuration
 from pgm_scale.config import RunConfig
@@ -21,7 +24,7 @@ from pgm_scale.parallel.rendezvous import within
 from pgm_scale.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-_CLOSING_S = 60.0
+_LAST_NAME = "tracker.json"
 _UNSAFE_S = 5.0  # a record that was handed over so long ago is in wandb's file
 
 
@@ -29,14 +32,15 @@ class Tracker(Protocol):
     def log(self, record: dict[str, Any]) -> None:
         """Take over a record of the run's log; its step is in it."""
 
-    def close(self) -> None: ...
+    def close(self, patience_s: float) -> None:
+        """Hand over the last records, as far as that takes no longer."""
 
 
 class NoTracker:
     def log(self, record: dict[str, Any]) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         pass
 
 
@@ -51,13 +55,11 @@ class WandbTracker:
     def __init__(self, config: RunConfig, run_id: str, folder: Path) -> None:
         import wandb
 
-        self._last_path = folder / "tracker.json"
-        self._last_step = -1
-        if self._last_path.exists():
-            self._last_step = json.loads(self._last_path.read_text())["last_step"]
-        self._under_way: deque[tuple[float, int]] = (
-            deque()
-        )  # when each step was handed over that may get lost
+        self._last_path = folder / _LAST_NAME
+        self._last_step = _last_step(self._last_path)
+        # When each step was handed over that may get lost.
+        self._under_way: deque[tuple[float, int]] = deque()
+        others = set(_children())
         try:
             self._run: Any = wandb.init(
                 project=config.tracking.project,
@@ -73,6 +75,7 @@ class WandbTracker:
             raise UserError(
                 f"wandb cannot start ({error}); log in, or set tracking.wandb to offline or disabled"
             ) from None
+        self._service = [process for process in _children() if process not in others]
 
     def log(self, record: dict[str, Any]) -> None:
         step, now_s = record["step"], time.monotonic()
@@ -91,30 +94,66 @@ class WandbTracker:
         self._under_way.append((now_s, step))
         self._settle(now_s - _UNSAFE_S)
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         if self._run is None:
+            self._end_service()
             return
         try:
-            within(_CLOSING_S, self._run.finish)
-        except Exception as error:  # it waits for ever for a process that has died
+            within(patience_s, self._run.finish)
+        except Exception as error:  # it waits for ever for a process that has died, or for the network
             logger.warning("wandb has not ended well (%s); nothing of the run is lost", type(error).__name__)
+            self._end_service()
             return
         self._settle(float("inf"))
+
+    def _end_service(self) -> None:
+        """Else this process would wait for it in its exit, until its job ends and cannot be requeued any more."""
+        for process in self._service:
+            with contextlib.suppress(psutil.Error):  # it has ended by itself
+                process.kill()
 
     def _settle(self, before_s: float) -> None:
         """Write down the last step that was handed over before this moment."""
         settled = None
         while self._under_way and self._under_way[0][0] < before_s:
             settled = self._under_way.popleft()[1]
-        if settled is not None:
+        if settled is None:
+            return
+        try:
             atomic_write_bytes(self._last_path, json.dumps({"last_step": settled}).encode())
+        except OSError as error:  # these steps may be sent twice
+            logger.warning("%s cannot be written (%s)", self._last_path, error.strerror)
+
+
+def _children() -> list[psutil.Process]:
+    """The processes that this one has started."""
+    return psutil.Process().children(recursive=True)
+
+
+def _last_step(path: Path) -> int:
+    """-1 where there is none, or a damaged one: all is sent again."""
+    try:
+        return int(json.loads(path.read_bytes())["last_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def open_tracker(config: RunConfig, run_id: str, folder: Path) -> Tracker:
-    """The configured one, with the records that the run's log has and it has not."""
+    """The configured one, with the records that the run's log has and it has not.
+
+    Raises:
+        UserError: it cannot start in the first session of a run. A later one, maybe of a requeued job, goes on
+            without it.
+    """
     if config.tracking.wandb == "disabled":
         return NoTracker()
-    tracker = WandbTracker(config, run_id, folder)
+    try:
+        tracker = WandbTracker(config, run_id, folder)
+    except UserError as error:
+        if not (folder / _LAST_NAME).exists():
+            raise
+        logger.warning("%s; this session goes on without it, and the next one sends what is missing", error)
+        return NoTracker()
     metrics = RunFolder(folder).metrics_path
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         tracker.log(json.loads(line))

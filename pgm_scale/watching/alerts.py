@@ -48,9 +48,7 @@ class Alerts:
             "PGM_SCALE_EVENT": event,
             "PGM_SCALE_RUN": str(self._folder),
             "PGM_SCALE_STEP": "" if step is None else str(step),
-            "PGM_SCALE_MESSAGE": redact(" ".join(message.split()).replace("\0", ""))[
-                :_MAX_MESSAGE_CHARACTERS
-            ],
+            "PGM_SCALE_MESSAGE": _one_line(message)[:_MAX_MESSAGE_CHARACTERS],
         }
         thread = threading.Thread(
             target=self._run, args=(self._command, event, environment), name="alert", daemon=True
@@ -67,18 +65,22 @@ class Alerts:
 
     def _run(self, command: str, event: Event, environment: dict[str, str]) -> None:
         try:
-            with (
-                tempfile.TemporaryFile() as output
-            ):  # a pipe would stay open in what the command leaves behind
+            # A pipe would stay open in what the command leaves behind.
+            with tempfile.TemporaryFile() as output:
                 failure = _failure(command, environment, output.fileno(), self._timeout_s)
                 if failure:
                     output.seek(0)
-                    said = " ".join(output.read(1 << 16).decode(errors="replace").split())
+                    said = _one_line(output.read(1 << 16).decode(errors="replace"))
                     logger.warning(
-                        "the alert command for %s %s: %s", event, failure, redact(said)[-_SHOWN_CHARACTERS:]
+                        "the alert command for %s %s: %s", event, failure, said[-_SHOWN_CHARACTERS:]
                     )
         except (OSError, ValueError) as error:
             logger.warning("the alert command for %s cannot be started: %s", event, error)
+
+
+def _one_line(text: str) -> str:
+    """Without secrets, which may have several lines."""
+    return " ".join(redact(text).replace("\0", "").split())
 
 
 def _failure(command: str, environment: dict[str, str], output: int, timeout_s: float) -> str:

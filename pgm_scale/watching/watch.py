@@ -22,6 +22,7 @@ from typing import Any, Self
 from pgm_scale.config import RunConfig
 from pgm_scale.errors import HungRankError, NonFiniteError, Preempted, UserError
 from pgm_scale.holder import node_name
+from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.secrets import redact
 from pgm_scale.watching.alerts import Alerts, Event
@@ -39,7 +40,7 @@ from pgm_scale.watching.stragglers import Straggler
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 5.0  # between two heartbeats without a change of the state
-_HUNG_ALERT_S = 4.0  # of the 5 s that the watchdog gives
+_SHORT_ALERT_S = 4.0  # of the 5 s that the watchdog gives; a preempted job has little time too
 _MAX_REASON_CHARACTERS = 1000
 _RECORDED = ("tokens_per_second", "gradient_norm", "learning_rate", "mfu", "validation_perplexity")
 
@@ -146,7 +147,7 @@ class RunWatch:
             self._alerted_of = rank
         return line if is_news else None
 
-    def hung(self, line: str) -> None:
+    def hung(self, verdict: Verdict) -> None:
         """For the watchdog of the rank that judges, in a thread of its own: this process ends in some seconds."""
         if not self._begun:
             return
@@ -156,8 +157,8 @@ class RunWatch:
             except ValueError as error:
                 logger.warning("the heartbeat is damaged (%s) and written anew", error)
             self._is_main = True
-        self._end("failed", "hung", line, "hung")
-        self._alerts.wait(_HUNG_ALERT_S)
+        self._end("failed", "hung", verdict.line, "hung")
+        self._alerts.wait(_SHORT_ALERT_S)
 
     def __enter__(self) -> Self:
         return self
@@ -173,6 +174,8 @@ class RunWatch:
             self._alert("finished", f"finished {self._beat.step} steps")
         elif isinstance(error, Preempted):
             self._end("stopped:preempted", "", str(error), "preempted")
+            self._alerts.wait(_SHORT_ALERT_S)
+            return
         elif isinstance(error, NonFiniteError):
             self._end("failed", "non_finite", str(error), "non_finite")
         elif isinstance(error, HungRankError):
@@ -184,7 +187,7 @@ class RunWatch:
         self._alerts.wait()
 
     def _end(self, state: str, kind: str, text: str, event: Event) -> None:
-        line = redact(" ".join(text.split()))[:_MAX_REASON_CHARACTERS]
+        line = " ".join(redact(text).split())[:_MAX_REASON_CHARACTERS]
         self._set(state=state, exit_reason=f"{kind}: {line}" if kind else line)
         self._write()
         self._alert(event, line)

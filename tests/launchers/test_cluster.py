@@ -83,11 +83,25 @@ def test_all_problems_at_once(path: Path) -> None:
         ({"environment": {"A": {"b": 1}}}, "slurm.environment.A: expected str"),
         ({"signal_before_s": 7200, "time": "02:00:00"}, "slurm.signal_before_s: 7200 s before its end"),
         ({"exit_grace_s": 0}, "slurm.exit_grace_s: 0 must be at least 1"),
+        (
+            {"gres": "gpu:a100:4"},
+            "slurm.gres: gpu:a100:4 asks for 4 GPUs a node, and slurm.gpus_per_node is 8",
+        ),
+        ({"gres": "gpu"}, "slurm.gres: gpu asks for 1 GPUs"),
+        ({"sbatch": {"output": "x"}}, "slurm.sbatch: 'output' is set by the launcher"),
+        ({"sbatch": {"ntasks_per_node": "1"}}, "slurm.sbatch: 'ntasks_per_node' is set by the launcher"),
     ],
 )
 def test_single_problems(path: Path, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_slurm_job(path, "train", change)
+
+
+@pytest.mark.parametrize(
+    "gres", ["gpu:8", "gpu:a100:8", "gpu:h100_80gb:8(S:0-1)", "gpu:a:4,gpu:b:4", "nvme:1", "gpu:1g.5gb:2"]
+)
+def test_gres_that_fit_or_are_not_known(path: Path, gres: str) -> None:
+    assert load_slurm_job(path, "train", {"gres": gres}).gres == gres
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

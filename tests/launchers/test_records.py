@@ -64,6 +64,15 @@ def test_writers_at_once_do_not_mix_their_lines(tmp_path: Path) -> None:
     assert len((tmp_path / LAUNCHES_NAME).read_text().splitlines()) == 150
 
 
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    add_launch(tmp_path, "1")
+    assert _ids(read_launches(tmp_path)) == ["1"]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "jobs").write_text("a file")
     with pytest.raises(UserError, match="cannot be written"):

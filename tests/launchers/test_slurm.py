@@ -163,3 +163,10 @@ def test_cancelling_says_why_it_failed(fake: FakeSlurm) -> None:
     fake.program("scancel", "#!/bin/bash\necho 'scancel: error: Access denied' >&2\nexit 1\n")
     with pytest.raises(UserError, match="scancel failed: scancel: error: Access denied"):
         cancel_jobs(["12"])
+
+
+def test_a_scontrol_that_prints_its_prompt(fake: FakeSlurm) -> None:
+    fake.program(
+        "scontrol", f"#!/bin/bash\ncat <<'END'\nscontrol: scontrol: {job_line(12)}\nscontrol: \nEND\n"
+    )
+    assert set(show_jobs(["11", "12"])) == {"12"}

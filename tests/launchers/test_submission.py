@@ -1,6 +1,9 @@
 """What is handed to sbatch; tests/ops/test_slurm_examples.py compares whole texts, for six kinds of clusters."""
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,6 @@ import yaml
 from launchers.command import Stage, build_stage
 from launchers.submission import sbatch_text
 from pgm_scale.errors import UserError
-from tests.tiny_data import write_tiny_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,12 +90,54 @@ def test_a_pickle_holds_words_only(cluster: str) -> None:
     assert b"step" not in pickle.dumps(job)
 
 
-def test_the_local_stand_in_is_no_place_for_torchrun(tmp_path: Path) -> None:
-    from launchers.submission import run_here
+_PROGRAMS = {
+    "srun": 'env > "$(dirname "$0")/task"; exit 75',
+    "squeue": '[ "$*" != "--noheader --jobs 7_1 --format %e" ] || cat "$(dirname "$0")/end"',
+    "scontrol": 'echo "$@" >> "$(dirname "$0")/calls"; echo "JobId=7 JobState=RUNNING Reason=None Restarts=0"',
+}
 
+
+def _run_script(folder: Path, text: str) -> dict[str, str]:
+    """As Slurm runs that of the last job of an array; returns what the tasks see."""
+    for name, body in _PROGRAMS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURMD_NODENAME": "n1",
+    }
+    environment = {**os.environ, **job, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    return dict(line.split("=", 1) for line in (folder / "task").read_text().splitlines() if "=" in line)
+
+
+@pytest.mark.parametrize(("end", "end_unix_s"), [("1970-01-02T00:00:00", str(24 * 3600)), ("", None)])
+def test_the_script_as_it_runs(tmp_path: Path, end: str, end_unix_s: str | None) -> None:
+    """Its own job of the array is asked for and requeued, whatever bash was told before, and without an answer of
+    squeue there is no end of the job, rather than a wrong one."""
+    (tmp_path / "end").write_text(end)
     path = tmp_path / "cluster.yaml"
-    path.write_text("slurm: {tasks_per_node: 2, launcher: torchrun}\n")
-    data = write_tiny_data(tmp_path / "data")
-    words = (str(ROOT / "configs/owt.yaml"), f"folder={tmp_path / 'run'}", f"data.train={data}")
-    with pytest.raises(UserError, match=r"set slurm\.launcher to srun"):
-        run_here(build_stage("train", words, str(path), {}), print)
+    slurm = {
+        "python": sys.executable,
+        "setup": ["set -eu"],
+        "environment": {"MASTER_ADDR": "ib0", "TZ": "UTC"},
+    }
+    path.write_text(yaml.safe_dump({"slurm": slurm}))
+    built = stage(str(path), f"folder={tmp_path}/run")
+    built.folder.mkdir(parents=True)
+    task = _run_script(tmp_path, sbatch_text(built))
+    assert task.get("SLURM_JOB_END_TIME") == end_unix_s
+    assert task["MASTER_ADDR"] == "ib0"
+    assert 20_000 <= int(task["MASTER_PORT"]) < 33_000
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["--oneliner show job 7_1", "requeue 7_1"]
+
+
+def test_options_without_a_value(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("slurm: {sbatch: {contiguous: '', reservation: x}}\n")
+    lines = sbatch_text(stage(str(path))).splitlines()
+    assert {"#SBATCH --contiguous", "#SBATCH --reservation=x"} <= set(lines)

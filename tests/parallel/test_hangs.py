@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pgm_scale.holder import Holder
-from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, describe, find_culprits
+from pgm_scale.parallel.hangs import Beat, Culprit, Peer, Verdict, blamed_hosts, describe, find_culprits
 
 TIMEOUT_S = 10.0
 RANKS = 8
@@ -88,8 +88,16 @@ def test_one_line_for_many_culprits() -> None:
     assert "\n" not in line
 
 
+def test_hosts_are_blamed_unless_all_wait_for_each_other() -> None:
+    """A network that is down is no host's fault: without all of them no job could run."""
+    culprits = [Culprit(peer.beat, "is dead") for peer in peers({})]
+    assert blamed_hosts(culprits[2:4], RANKS) == ("node",)
+    assert blamed_hosts(culprits, RANKS) == ()
+    assert blamed_hosts([], RANKS) == ()
+
+
 def test_words_survive_the_store() -> None:
     beat = peers({0: {"stack": ("a.py:1 f", "b.py:2 g")}})[0].beat
     assert Beat.from_json(beat.to_json()) == beat
-    verdict = Verdict(3, "line", "stacks", (beat.process,))
+    verdict = Verdict(3, "line", "stacks", (beat.process,), ("gpu7",))
     assert Verdict.from_json(verdict.to_json()) == verdict

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ import torch.distributed as dist
 
 from pgm_scale.errors import UserError
 from pgm_scale.parallel.launch import Launch, free_port
-from pgm_scale.parallel.rendezvous import join, ranks_text
+from pgm_scale.parallel.rendezvous import Member, join, rank_map, ranks_text
 
 HOST = socket.gethostname()
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -28,23 +31,28 @@ def launch(
     return Launch("torchrun", rank, ranks, rank, address, port, attempt)
 
 
-def join_and_tell(found: Launch, timeout_s: float, queue: Any) -> None:
-    """Puts (rank, pid, text): what the store says after it has met all, or the error."""
+def join_and_tell(found: Launch, timeout_s: float, gpu: str, queue: Any) -> None:
+    """Puts (rank, pid, text): the map of the ranks after it has met all, or the error."""
     try:
-        store = join(found, timeout_s)
+        store = join(found, timeout_s, gpu)
         store.add("after", 1)
         while store.add("after", 0) < found.world_size:  # rank 0 serves it
             time.sleep(0.05)
-        queue.put((found.rank, os.getpid(), "met"))
+        queue.put((found.rank, os.getpid(), rank_map(store, found.world_size)))
         time.sleep(1)
     except UserError as error:
         queue.put((found.rank, os.getpid(), str(error)))
 
 
-def meet(launches: Iterable[Launch], timeout_s: float) -> list[tuple[int, int, str]]:
-    """What `join_and_tell` tells for each launch, a process each."""
+def meet(
+    launches: Iterable[Launch], timeout_s: float, gpus: Iterable[str] = ()
+) -> list[tuple[int, int, str]]:
+    """What `join_and_tell` tells for each launch, a process each; without `gpus` none has a GPU."""
     queue = PROCESSES.Queue()
-    processes = [PROCESSES.Process(target=join_and_tell, args=(one, timeout_s, queue)) for one in launches]
+    processes = [
+        PROCESSES.Process(target=join_and_tell, args=(one, timeout_s, gpu or "", queue))
+        for one, gpu in zip_longest(launches, gpus)
+    ]
     try:
         for process in processes:
             process.start()
@@ -59,7 +67,33 @@ def meet(launches: Iterable[Launch], timeout_s: float) -> list[tuple[int, int, s
 def test_all_meet() -> None:
     port = free_port()
     told = meet([launch(rank, 3, port) for rank in range(3)], 60)
-    assert [(rank, text) for rank, _, text in told] == [(0, "met"), (1, "met"), (2, "met")]
+    assert [(rank, text) for rank, _, text in told] == [(rank, f"ranks 0-2 on {HOST}") for rank in range(3)]
+
+
+def test_ranks_that_use_the_same_gpu_are_named_on_every_rank() -> None:
+    port = free_port()
+    told = meet([launch(rank, 3, port) for rank in range(3)], 60, ["GPU-a", "GPU-b", "GPU-a"])
+    for _, _, text in told:
+        assert text.startswith(f"rank 0 and rank 2 use the same GPU of host {HOST}: start one task a GPU")
+
+
+def test_ranks_with_a_gpu_each_meet() -> None:
+    port = free_port()
+    told = meet([launch(rank, 2, port) for rank in range(2)], 60, ["GPU-a", "GPU-b"])
+    assert [text for _, _, text in told] == [f"ranks 0-1 on {HOST}"] * 2
+
+
+def test_the_map_of_many_hosts_is_short() -> None:
+    """Two ranks on each of ten hosts, and one whose tasks are spread."""
+    store = dist.HashStore()
+    hosts = [f"gpu{rank // 2}" for rank in range(20)] + ["gpu0"]
+    for rank, host in enumerate(hosts):
+        me = Member(rank, host, 100 + rank, rank % 2)
+        store.set(f"member/{rank}", json.dumps(dataclasses.asdict(me)))
+    expected = "ranks 0-1, 20 on gpu0; ranks 2-3 on gpu1; ranks 4-5 on gpu2; "
+    text = rank_map(store, len(hosts))
+    assert text.startswith(expected)
+    assert text.endswith("ranks 14-15 on gpu7; and 2 more hosts")
 
 
 def test_missing_ranks_are_named_on_every_rank() -> None:
@@ -141,7 +175,7 @@ def test_torchruns_agent_serves_the_store() -> None:
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for attempt in range(2):
         told = meet([launch(rank, 2, agent.port, attempt) for rank in range(2)], 60)
-        assert [text for _, _, text in told] == ["met", "met"]
+        assert [text for _, _, text in told] == [f"ranks 0-1 on {HOST}"] * 2
     (told_alone,) = meet([launch(1, 2, agent.port, 2)], 2)
     assert "rank 0 of 2 never joined within 2 s" in told_alone[2]
 

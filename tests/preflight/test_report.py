@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.preflight.judgement import Limits, Place, RankReport, judge
 from pgm_scale.preflight.report import add_hang, bad_nodes, find_problems, lines_of, print_report, write_json
 from pgm_scale.preflight.rows import Row
@@ -91,8 +92,9 @@ def test_the_json_file_says_all_of_it(tmp_path: Path) -> None:
     statuses = {node: found["status"] for node, found in tree["nodes"].items()}
     assert statuses == {"gpu000": "warning", "gpu001": "ok", "gpu002": "bad"}
     assert [rank["place"]["rank"] for rank in tree["ranks"]] == list(range(6))
-    add_hang(path, "rank 2 (host vm, pid 7) has made no progress for 9 s; the others waited 9 s and end")
-    assert json.loads(path.read_text())["bad_nodes"] == ["gpu001", "gpu002"]
+    add_hang(path, Verdict(0, "rank 2 has made no progress for 9 s", "", (), ("gpu001", "gpu002")))
+    tree = json.loads(path.read_text())
+    assert (tree["bad_nodes"], tree["hang"]) == (["gpu001", "gpu002"], "rank 2 has made no progress for 9 s")
     write_json(path, [], LIMITS, finished=False)
     assert json.loads(path.read_text())["verdict"] == "unfinished"
     assert [found.name for found in tmp_path.iterdir()] == ["preflight.json"]

@@ -142,21 +142,20 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 
 def training_words(data: Path, run: Path) -> list[str]:
-    """The demo's run for four ranks, some twenty seconds of training, a record each step."""
+    """The demo's run for four ranks, some ten seconds of training, a record each step."""
     return [
         str(ROOT / "configs/demo.yaml"),
         f"folder={run}",
         f"data.train={data / 'train'}",
         f"data.validation={data / 'validation'}",
-        "training.steps=150",
+        "training.steps=100",
         "training.micro_batch_sequences=4",
         "training.log_interval_steps=1",
-        "checkpoint.interval_steps=25",
-        "validation.interval_steps=75",
+        "checkpoint.interval_steps=20",
+        "validation.interval_steps=50",
         "validation.sequences=32",
         "validation.samples=0",
         "parallel.timeout_s=60",
-        "tracking.wandb=offline",
     ]
 
 

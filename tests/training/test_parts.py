@@ -3,7 +3,6 @@
 import json
 import math
 import multiprocessing
-import os
 import signal
 import struct
 import time
@@ -16,14 +15,14 @@ import psutil
 import pytest
 import torch
 
+from pgm_scale.errors import UserError
 from pgm_scale.files import finite
 from pgm_scale.parallel.state import ParameterState
 from pgm_scale.tensor_slices import TensorSlice
 from pgm_scale.training.ema import ExponentialMovingAverage
 from pgm_scale.training.metrics import MetricsFile
-from pgm_scale.training.signals import StopFlag
 from pgm_scale.training.step import seed_dropout
-from pgm_scale.training.tracking import open_tracker
+from pgm_scale.training.tracking import NoTracker, open_tracker
 from tests.tiny_data import tiny_config
 
 
@@ -61,16 +60,6 @@ def test_metrics_file_drops_what_a_resume_will_write_again(tmp_path: Path) -> No
 
 def test_finite_replaces_what_json_lacks() -> None:
     assert finite({"a": [math.inf, 1.0], "b": {"c": -math.inf}}) == {"a": [None, 1.0], "b": {"c": None}}
-
-
-def test_the_first_signal_wins_and_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopFlag() as stop:
-        assert stop.signal_name is None
-        os.kill(os.getpid(), signal.SIGUSR2)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal_name == "SIGUSR2"
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_dropout_seeds_differ_by_every_coordinate() -> None:
@@ -140,7 +129,7 @@ def test_wandb_sessions_share_a_run_and_no_step_is_sent_twice(
         tracker = open_tracker(config, "abc123", tmp_path)
         for step in steps:
             tracker.log({"step": step, **values})
-        tracker.close()
+        tracker.close(60)
     ids, steps_sent = _offline_history(tmp_path, 8)
     assert ids == {"abc123"}
     assert steps_sent == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -148,19 +137,54 @@ def test_wandb_sessions_share_a_run_and_no_step_is_sent_twice(
     assert secrets == []
 
 
-def _tracked_session(folder: Path, records: list[dict[str, Any]], kills_service: bool) -> None:
+def _tracked_session(
+    folder: Path, records: list[dict[str, Any]], to_service: signal.Signals | None, patience_s: float = 60
+) -> None:
     """In a process of its own, as wandb keeps a dead connection for ever."""
     tracker = open_tracker(tiny_config(folder, folder, tracking={"wandb": "offline"}), "abc123", folder)
     tracker.log(records[0])
-    if kills_service:
+    if to_service is not None:
         services = [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
         assert services
         for service in services:
-            service.kill()
-        psutil.wait_procs(services)
+            service.send_signal(to_service)
+        if to_service == signal.SIGKILL:
+            psutil.wait_procs(services)
     for record in records[1:]:
         tracker.log(record)
-    tracker.close()
+    tracker.close(patience_s)
+
+
+def test_a_tracker_that_hangs_does_not_keep_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for its exit, as a batch script that requeues its job, would wait until it is too late."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    session = multiprocessing.get_context("spawn").Process(
+        target=_tracked_session, args=(tmp_path, [{"step": 1, "loss": 1.0}], signal.SIGSTOP, 1.0)
+    )
+    session.start()
+    session.join(60)
+    ended_by_itself = not session.is_alive()
+    session.kill()
+    assert ended_by_itself
+    assert not (tmp_path / "tracker.json").exists()  # the next session sends the step again
+
+
+def test_a_tracker_that_cannot_start_stops_a_first_session_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr("wandb.init", fail)
+    config = tiny_config(tmp_path, tmp_path, tracking={"wandb": "online"})
+    with pytest.raises(UserError, match="wandb cannot start"):
+        open_tracker(config, "abc123", tmp_path)
+    (tmp_path / "tracker.json").write_text('{"last_step": ')  # damaged
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert isinstance(open_tracker(config, "abc123", tmp_path), NoTracker)
 
 
 def test_a_tracker_that_dies_stops_nothing_and_catches_up(
@@ -170,9 +194,9 @@ def test_a_tracker_that_dies_stops_nothing_and_catches_up(
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_SERVICE", raising=False)  # the process of another test
     records = [{"step": step, "loss": 1.0 / step} for step in range(1, 7)]
-    for share, kills_service in ((records[:4], True), (records[4:], False)):
+    for share, to_service in ((records[:4], signal.SIGKILL), (records[4:], None)):
         session = multiprocessing.get_context("spawn").Process(
-            target=_tracked_session, args=(tmp_path, share, kills_service)
+            target=_tracked_session, args=(tmp_path, share, to_service)
         )
         session.start()
         session.join(120)

@@ -29,9 +29,20 @@ def test_the_command_is_told_everything(tmp_path: Path) -> None:
     alert(WatchingConfig(alert_command=command), "crash_loop", tmp_path / "run", message, 12)
     told = out.read_text().split("|")
     assert told[:3] == ["crash_loop", str(tmp_path / "run"), "12"]
-    assert told[3] == "two lines with $(touch danger) ; `x` 'quotes' \"too\" and "
+    assert told[3] == "two lines with $(touch danger) ; `x` 'quotes' \"too\" and"
     alert(WatchingConfig(alert_command=command), "failed", tmp_path / "run", "no step")
     assert out.read_text().split("|")[2] == ""
+
+
+def test_a_secret_of_several_lines_is_taken_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SSH_PRIVATE_KEY", "first line of it\nsecond line of it\n")
+    out = tmp_path / "out"
+    command = f'printf "%s" "$PGM_SCALE_MESSAGE" > {out}; printenv SSH_PRIVATE_KEY; exit 3'
+    alert(WatchingConfig(alert_command=command), "failed", tmp_path, f"got {os.environ['SSH_PRIVATE_KEY']}")
+    assert out.read_text() == "got <SSH_PRIVATE_KEY>"
+    assert "exit code 3: <SSH_PRIVATE_KEY>" in caplog.text
 
 
 def test_no_command_is_no_alert(tmp_path: Path) -> None:

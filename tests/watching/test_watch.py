@@ -18,12 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import HungRankError, NonFiniteError, Preempted, UserError
+from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.parallel.launch import Launch, free_port
 from pgm_scale.parallel.mesh import Mesh, connected
 from pgm_scale.training.loop import TrainingRun, train_on_mesh
 from pgm_scale.training.signals import StopFlag
 from pgm_scale.watching import watch as module
+from pgm_scale.watching.alerts import Alerts
 from pgm_scale.watching.heartbeat import HEARTBEAT_NAME, Heartbeat, read_heartbeat
+from pgm_scale.watching.stragglers import Straggler
 from pgm_scale.watching.watch import RunWatch
 from tests.distributed import run_ranks
 from tests.tiny_data import tiny_config, write_tiny_data
@@ -186,9 +189,32 @@ def test_nothing_is_written_before_the_folder_is_ours(data: Path, tmp_path: Path
     (tmp_path / "run" / HEARTBEAT_NAME).write_text("of the other")
     with pytest.raises(UserError), RunWatch(config, 0, 1):
         raise UserError("in use by another run")
-    RunWatch(config, 0, 1).hung("rank 1")
+    RunWatch(config, 0, 1).hung(Verdict(0, "rank 1", "", (), ()))
     assert (tmp_path / "run" / HEARTBEAT_NAME).read_text() == "of the other"
     assert not (tmp_path / "alerts").exists()
+
+
+def test_a_slow_rank_is_told_once_and_alerted_once(data: Path, tmp_path: Path) -> None:
+    """Records may name it for hours; an alert that comes too soon after another's is sent later."""
+    watch, clock = RunWatch(_config(data, tmp_path / "run"), 0, 4), [0.0]
+    sent: list[str] = []
+    one, other = Straggler(1, "gpu1", 2.0, "data"), Straggler(2, "gpu2", 2.0, "compute")
+    changed = Straggler(1, "gpu1", 3.0, "compute")  # the same rank
+    said = []
+    with (
+        patch("pgm_scale.watching.alerts.time.monotonic", lambda: clock[0]),
+        patch.object(
+            Alerts, "_run", lambda self, command, event, told: sent.append(told["PGM_SCALE_MESSAGE"])
+        ),
+    ):
+        for step, straggler in enumerate([one, one, changed, other, None, one, other, other]):
+            said.append(watch.slow(step, straggler))
+            watch._alerts.wait()
+            clock[0] += 45.0
+    assert [line is not None for line in said] == [True, False, False, True, False, True, True, False]
+    assert said[0] == f"step 0: {one}"
+    expected = [(0, one), (3, other), (5, one), (7, other)]
+    assert sent == [f"run: step {step}: {straggler}" for step, straggler in expected]
 
 
 def _train_without_room(mesh: Mesh, config: RunConfig) -> list[str]:
