@@ -113,7 +113,7 @@ def test_a_job_that_lives_on_was_given_more_time() -> None:
     assert not _end_in(-3600).is_too_near(50)
 
 
-def _train_until_refused(mesh: Mesh, config: RunConfig, signalled: bool) -> tuple[str, int, list[str]]:
+def _train_until_refused(mesh: Mesh, config: RunConfig, signalled: bool) -> list[Any]:
     """The end of the job comes near, on rank 0 only, when the first save is done. Its message and exit code,
     and the steps that were saved afterwards."""
     save, started = Checkpointer.save, []
@@ -128,7 +128,7 @@ def _train_until_refused(mesh: Mesh, config: RunConfig, signalled: bool) -> tupl
         """From the second step on."""
 
         @property
-        def signal_name(self) -> str | None:  # type: ignore[override]
+        def signal_name(self) -> str | None:
             return "SIGTERM" if signalled and mesh.rank == 1 and started else None
 
         @signal_name.setter
