@@ -21,7 +21,7 @@ from tests.slurm.jobs import (
     training_words,
 )
 
-LAST_STEP, LONG = 100, 300  # the long one takes more than half a minute
+LAST_STEP, LONG = 100, 500  # the long one takes more than a minute with its start
 TRACKED = "tracking.wandb=offline"
 pytestmark = pytest.mark.timeout(900)
 
@@ -70,12 +70,13 @@ def test_the_uninterrupted_run(reference: Path) -> None:
 
 
 def test_time_limit(cluster: Cluster, data: Path, folder: Path) -> None:
-    """Slurm looks every 30 s for jobs that near their end: USR2 comes after half of the minute, again and again."""
-    steps = f"training.steps={LONG}"
+    """Slurm looks every 30 s for jobs that near their end: USR2 comes a minute after the start, again and again."""
+    path, steps = folder / "minute.yaml", f"training.steps={LONG}"
+    path.write_text(CLUSTER.read_text().replace("signal_before_s: 30", "signal_before_s: 60"))
     uninterrupted = cluster.train(data, folder / "long-reference", steps)
     uninterrupted.wait_until_finished()
-    job = cluster.train(data, folder / "limit", steps, TRACKED, "--time", "1")
-    job.wait_for_restarts(1)
+    job = cluster.train(data, folder / "limit", steps, TRACKED, "--cluster", str(path), "--time", "2")
+    job.wait_for_restarts(1, timeout_s=200)
     assert 0 < job.step < LONG
     finished(job, uninterrupted.run, timeout_s=800)
     assert "stopped by a signal" in job.logs
