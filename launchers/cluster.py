@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +97,19 @@ def minutes_of(time: str) -> int:
 
 
 def load_slurm_job(
-    path: str | Path, command: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    path: str | Path,
+    command: str,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    commands: Iterable[str] | None = None,
 ) -> SlurmJob:
     """The `slurm` section of a cluster file for one command.
 
-    Later ones win: `defaults`, the section, its `jobs.<command>`, `settings` of the command line. Of a command
-    with `defaults` the section's nodes, GPUs and tasks are not taken over: those are of trainings.
+    Later ones win: the section, which is of trainings, `defaults` of another command, the section's
+    `jobs.<command>`, `settings` of the command line.
+
+    Args:
+        commands: that can be jobs; others below `jobs` are mistakes.
 
     Raises:
         UserError: one line for each problem.
@@ -118,6 +125,7 @@ def load_slurm_job(
     tree |= jobs.get(command, {}) | dict(settings)
     if type(tree.get("time")) is int:
         tree["time"] = str(tree["time"])
+    problems += _unknown_jobs(jobs, commands)
     job = parse(SlurmJob, tree, problems, "slurm")
     if job is not None:
         problems += _problems(job)
@@ -127,6 +135,17 @@ def load_slurm_job(
             + "\n  ".join(problems)
         )
     return job
+
+
+def _unknown_jobs(jobs: Mapping[str, Mapping[str, Any]], commands: Iterable[str] | None) -> Iterator[str]:
+    """Mistakes in the parts of other commands too, which would be found when those are launched, or never."""
+    known = None if commands is None else tuple(commands)
+    for name, part in jobs.items():
+        if known is not None and name not in known:
+            yield f"slurm.jobs.{name}: no command that can be launched; known are {', '.join(known)}"
+        for key in part:
+            if key not in SlurmJob.__dataclass_fields__:
+                yield f"slurm.jobs.{name}.{key}: unknown key; the keys are those of the slurm section"
 
 
 def _problems(job: SlurmJob) -> list[str]:

@@ -74,7 +74,7 @@ def build_stage(
     """
     if command not in LAUNCHABLE:
         raise UserError(f"{command!r} cannot be launched; known are {', '.join(LAUNCHABLE)}")
-    slurm = load_slurm_job(cluster, command, settings, _single(command, cluster))
+    slurm = load_slurm_job(cluster, command, settings, _single(command, cluster), LAUNCHABLE)
     if command in SINGLE and command not in _MAY_BE_SEVERAL and slurm.processes > 1:
         raise UserError(
             f"launch {command} is one process, and this asks for {slurm.nodes} nodes x {slurm.processes_per_node}: "
