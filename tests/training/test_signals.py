@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def test_a_signal_that_was_blocked_before_is_answered_at_the_entry(number: signa
     """As a launcher leaves it: sent while torch was imported, when nobody could answer."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     try:
-        os.kill(os.getpid(), number)
+        # To this thread: another one, of pytest-xdist, would take one that is sent to the process.
+        signal.pthread_kill(threading.get_ident(), number)
         with StopFlag() as stop:
             assert stop.signal_name == number.name
     finally:
@@ -61,7 +63,7 @@ def test_blocked_ctrl_c_ends_it_too() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     handler = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt), StopFlag():
             pass
         assert signal.getsignal(signal.SIGTERM) is handler[0]
