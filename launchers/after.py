@@ -76,7 +76,10 @@ def decide(
     if code in _FINAL:
         return Decision((), f"not requeued: {_FINAL[code]} (exit code {code})")
     if not _may_requeue(state):
-        return Decision((), f"not requeued by us: Slurm says {_field(state, 'JobState')} of the job")
+        by_slurm = _is_started_again(state)
+        return Decision(
+            (), "requeued by Slurm itself" if by_slurm else "not requeued: the job is cancelled or has ended"
+        )
     if not goes_on and _field(state, "Reason") == "TimeLimit":
         return Decision((), "not requeued: its time limit was reached; launch it with a longer --time")
     idle = 0

@@ -154,6 +154,10 @@ def _excluded(given: str) -> str:
     except ValueError:
         report = None
     nodes = report.get("bad_nodes") if isinstance(report, dict) else None
+    if isinstance(report, dict) and report.get("verdict") == "unfinished":
+        raise UserError(
+            f"--exclude {given}: that preflight has not ended well and checked nothing; run it again"
+        )
     if not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes):
         raise UserError(f"--exclude {given}: names no bad_nodes; give the JSON of `doctor --cluster --json`")
     return ",".join(nodes)
@@ -189,6 +193,8 @@ def _submit(stages: list[Stage], after: str | None) -> None:
     if after is None:
         for stage in stages:
             _refuse_second_job(stage)
+    else:
+        _check_known(after)
     waits_for = [f"afterok:{after}"] if after else []
     done: list[tuple[Stage, list[str]]] = []
     for stage in stages:
@@ -203,6 +209,20 @@ def _submit(stages: list[Stage], after: str | None) -> None:
         _record(stage, ids, dependency)
         done.append((stage, ids))
         waits_for.append(dependency_on(stage, ids))
+
+
+def _check_known(job_id: str) -> None:
+    """Of a job that it does not know Slurm says that it has ended well.
+
+    Raises:
+        UserError: it does not know it.
+    """
+    from launchers.slurm import show_jobs
+
+    if not show_jobs([job_id]):
+        raise UserError(
+            f"--after {job_id}: Slurm knows no such job (any more): leave it out if it has ended well"
+        )
 
 
 def _refuse_second_job(stage: Stage) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pgm_scale.config import parse, read_yaml
 from pgm_scale.errors import UserError
+from pgm_scale.secrets import names_secret
 
 # Not MM:SS, which Slurm knows too and people take for HH:MM.
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d{1,2}):(?P<seconds>\d{1,2})")
@@ -162,6 +163,12 @@ def _problems(job: SlurmJob) -> list[str]:
             ("restarts_without_progress", 0),
         )
         if getattr(job, name) is not None and getattr(job, name) < least
+    ]
+    problems += [
+        f"slurm.environment.{name}: a secret would be in the sbatch text: set it in the shell that launches, whose "
+        "environment sbatch hands on"
+        for name in job.environment
+        if names_secret(name)
     ]
     problems += [
         f"slurm.environment: {name!r} is not a variable's name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from launchers.job import Job
 from launchers.sweep import expand
 from pgm_scale import config as configuration
 from pgm_scale.config import RunConfig
+from pgm_scale.data.manifest import MANIFEST_NAME
+from pgm_scale.data.storage import is_remote
 from pgm_scale.errors import UserError
 
 TRAININGS = ("train", "distill")
@@ -88,6 +91,9 @@ def build_stage(
     if command == "preflight":
         words = ("doctor", *arguments, "--cluster", "--json", str(folder / PREFLIGHT_REPORT))
     _parse(words)
+    if command == "preflight" and arguments and not arguments[0].startswith("-"):
+        overrides = [word for word in arguments[1:] if "=" in word and not word.startswith("-")]
+        _training_config(("train", arguments[0], *overrides), slurm, follows)
     return Stage(command, stage_name, folder, cluster, slurm, (_job(words, slurm),))
 
 
@@ -114,6 +120,8 @@ def _training_stage(
             words = (*words, f"folder={base.folder}-{suffix}", f"name={base.name}-{suffix}")
         _parse((command, *words))
         config = _training_config((command, *words), slurm, follows) if suffix else base
+        if isinstance(config, RunConfig) and not follows:
+            _check_continues(config)
         jobs.append(_job((command, *words), slurm, str(Path(config.folder).absolute())))
     _refuse_shared_folders(jobs)
     parent = Path(base.folder).absolute()
@@ -141,6 +149,25 @@ def _job(words: tuple[str, ...], slurm: SlurmJob, run_folder: str | None = None)
         answers_signals=run_folder is not None,
         launched_from=str(Path.cwd()),
     )
+
+
+def _check_continues(config: RunConfig) -> None:
+    """What the job would refuse after it has waited for its nodes.
+
+    Raises:
+        UserError: the run in the folder is another one.
+    """
+    if not is_remote(config.data.train) and not (Path(config.data.train) / MANIFEST_NAME).exists():
+        print(
+            f"warning: data.train: no prepared split in {config.data.train} here; without one there the job will "
+            "be refused",
+            file=sys.stderr,
+        )
+    elif (Path(config.folder) / "run.json").exists():
+        from pgm_scale.data.manifest import DatasetManifest
+        from pgm_scale.run_folder import RunFolder
+
+        RunFolder(config.folder).check_continues(config, DatasetManifest.load(config.data.train))
 
 
 @dataclass(frozen=True)

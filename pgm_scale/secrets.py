@@ -36,7 +36,7 @@ def secret_values(environment: Mapping[str, str] = os.environ) -> dict[str, str]
     for name, value in environment.items():
         value = value.strip()
         login = _ADDRESS_LOGIN.search(value)
-        if _names_secret(name) and not _is_path(value):
+        if names_secret(name) and not _is_path(value):
             found[name] = value
         elif login is not None:  # a proxy's or a data base's
             found[name] = login.group(1)
@@ -84,7 +84,8 @@ def print_redacted_traceback(
     print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
-def _names_secret(name: str) -> bool:
+def names_secret(name: str) -> bool:
+    """Whether a variable of this name holds a secret, as far as a name can tell."""
     words = name.upper().split("_")
     return words[-1] not in _PATH_WORDS and any(_SECRET_WORD.search(word) for word in words)
 

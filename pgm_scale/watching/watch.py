@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _INTERVAL_S = 5.0  # between two heartbeats without a change of the state
 _SHORT_ALERT_S = 4.0  # of the 5 s that the watchdog gives; a preempted job has little time too
 _MAX_REASON_CHARACTERS = 1000
+_KEPT = ("step", "run_id", "loss", "last_checkpoint_step")
 _RECORDED = ("tokens_per_second", "gradient_norm", "learning_rate", "mfu", "validation_perplexity")
 
 
@@ -86,7 +87,9 @@ class RunWatch:
             self._folder.mkdir(parents=True, exist_ok=True)
         try:
             before = read_heartbeat(self._folder)
-            self._set(restarts=before.restarts + 1 if before is not None else 0)
+            if before is not None:  # how far the run is stands there also if this session is refused
+                known = {name: getattr(before, name) for name in _KEPT}
+                self._set(restarts=before.restarts + 1, **known)
         except ValueError as error:
             logger.warning("the heartbeat of the last session is damaged (%s); restarts count from 0", error)
         self._write()

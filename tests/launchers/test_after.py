@@ -162,3 +162,10 @@ def test_as_the_batch_script_calls_it(tmp_path: Path) -> None:
     assert "2 attempts in a row ended" in reason
     lines = [json.loads(line) for line in (tmp_path / "7_attempts.jsonl").read_text().splitlines()]
     assert [(line["restart"], line["code"], line["step"]) for line in lines] == [(0, 137, -1), (1, 137, -1)]
+
+
+def test_who_has_ended_the_job_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    requeued = CANCELLED.replace("Restarts=0", "Restarts=1")
+    assert decide(75, requeued, "7", attempts(10), 3).reason == "requeued by Slurm itself"
+    assert decide(75, CANCELLED, "7", attempts(10), 3).reason.startswith("not requeued: the job is cancelled")

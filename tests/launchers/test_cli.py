@@ -15,7 +15,9 @@ from launchers.cli import launch
 from launchers.records import read_launches
 from pgm_scale import config as configuration
 from pgm_scale.cli import main
+from pgm_scale.data.manifest import DatasetManifest
 from pgm_scale.errors import UserError
+from pgm_scale.run_folder import RunFolder
 from tests.launchers.fake_slurm import FakeSlurm, add_launch, job_line
 from tests.tiny_data import tiny_config, write_tiny_data
 
@@ -165,6 +167,37 @@ def test_a_second_job_of_a_run_is_refused(sbatch: Sbatch, work: Path) -> None:
         launch(("train", "tiny.yaml", *CLUSTER))
     launch(("train", "tiny.yaml", *CLUSTER, "--after", "11"))
     assert "afterok:11" in Path("runs/tiny/jobs/12_submission.sh").read_text()
+
+
+def test_a_job_that_slurm_does_not_know_is_not_waited_for(sbatch: Sbatch) -> None:
+    """Slurm would start the new one at once."""
+    with pytest.raises(UserError, match=r"--after 99: Slurm knows no such job"):
+        launch(("train", "tiny.yaml", *CLUSTER, "--after", "99"))
+
+
+def test_another_run_in_the_folder_is_refused_before_it_waits(work: Path, data: Path) -> None:
+    config = configuration.load("tiny.yaml")
+    run = RunFolder(config.folder)
+    run.create_or_match(config, DatasetManifest.load(config.data.train), data / "train/tokenizer.json")
+    launch(("train", "tiny.yaml", *CLUSTER, "--dry-run"))
+    with pytest.raises(UserError, match=r"training\.seed: the run has 1, now it is 2"):
+        launch(("train", "tiny.yaml", "training.seed=2", *CLUSTER, "--dry-run"))
+
+
+def test_data_that_are_not_there_are_told(work: Path, capsys: pytest.CaptureFixture) -> None:
+    launch(("train", "tiny.yaml", "data.train=none/train", *CLUSTER, "--dry-run"))
+    assert "warning: data.train: no prepared split in none/train here" in capsys.readouterr().err
+
+
+def test_a_preflight_of_a_configuration_that_no_job_could_run(work: Path) -> None:
+    with pytest.raises(UserError, match=r"tensor"):
+        launch(("preflight", "tiny.yaml", "parallel.tensor=3", *CLUSTER, "--dry-run"))
+
+
+def test_a_preflight_that_has_not_ended_excludes_nobody(work: Path) -> None:
+    Path("report.json").write_text(json.dumps({"verdict": "unfinished", "bad_nodes": []}))
+    with pytest.raises(UserError, match=r"has not ended well and checked nothing"):
+        launch(("train", "tiny.yaml", *CLUSTER, "--exclude", "report.json"))
 
 
 def _excluded(capsys: pytest.CaptureFixture) -> list[str]:

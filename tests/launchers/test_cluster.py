@@ -82,6 +82,7 @@ def test_all_problems_at_once(path: Path) -> None:
         ({"environment": ["x"]}, r"slurm.environment: expected a mapping, found \['x'\]"),
         ({"environment": {"A": {"b": 1}}}, "slurm.environment.A: expected str"),
         ({"signal_before_s": 7200, "time": "02:00:00"}, "slurm.signal_before_s: 7200 s before its end"),
+        ({"environment": {"WANDB_API_KEY": "x"}}, r"slurm.environment.WANDB_API_KEY: a secret would be in"),
         ({"exit_grace_s": 0}, "slurm.exit_grace_s: 0 must be at least 1"),
         (
             {"gres": "gpu:a100:4"},

@@ -341,3 +341,29 @@ def test_a_stopped_rank_is_told_by_one_that_lives(data: Path, tmp_path: Path, vi
     assert last.exit_reason is not None
     assert last.exit_reason.startswith(f"hung: rank {victim} ")
     assert [line.split()[0] for line in _alerts(run)] == ["hung", "started"]
+
+
+def test_a_session_that_is_refused_leaves_how_far_the_run_is(data: Path, tmp_path: Path) -> None:
+    config = _config(data, tmp_path / "run")
+    run_ranks(1, _train_whole, config)
+    done = read_heartbeat(tmp_path / "run")
+    assert done is not None
+    another = tiny_config(data, tmp_path / "run", training={"seed": 7})
+    assert "training.seed" in run_ranks(1, _refused, another)
+    refused = read_heartbeat(tmp_path / "run")
+    assert refused is not None
+    assert refused.state == "failed"
+    for name in ("step", "run_id", "loss", "last_checkpoint_step"):
+        assert getattr(refused, name) == getattr(done, name) is not None
+
+
+def _train_whole(mesh: Mesh, config: RunConfig) -> None:
+    _train(mesh, config, RunWatch(config, mesh.rank, mesh.world_size))
+
+
+def _refused(mesh: Mesh, config: RunConfig) -> str:
+    try:
+        _train_whole(mesh, config)
+    except UserError as error:
+        return str(error)
+    return "trained"
