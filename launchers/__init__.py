@@ -10,6 +10,6 @@
     after.py        in the batch script, when all tasks have ended: requeue, or not, and why
     records.py      what was launched for a run; slurm.py asks squeue and scontrol; status.py tells
 
-A job's pickle holds the words of its command and where it was launched: what a requeued job resumes from is always
-found in the run folder.
+A job's pickle holds the words of its command, its sizes and where it was launched: what a requeued job resumes from
+is always found in the run folder.
 """
