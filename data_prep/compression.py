@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
+import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +18,21 @@ import zstandard
 from pgm_scale.errors import UserError
 
 _BLOCK_BYTES = 1 << 18
+_PACKED_BYTES = 1 << 12  # four bytes of zstd may be 128 kB of zeros: this much is at most 128 MiB at a time
+
+
+def check_plain(path: Path) -> None:
+    """
+    Raises:
+        OSError: it is a FIFO, a device or a folder: reading the first would wait for ever, the second never end.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """The content of a file, unpacked if its suffix says that it is packed."""
+    """The content of a plain file, unpacked if its suffix says that it is packed."""
+    check_plain(path)
     opener = COMPRESSIONS.get(path.suffix.lower())
     return opener(path) if opener else open(path, "rb")
 
@@ -32,8 +46,13 @@ def reported(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged or cut off {path.suffix} data ({error}); copy it again") from None
     except OSError as error:
         raise UserError(
-            f"{path}: cannot read it ({error.strerror}); check the path and permissions"
+            f"{path}: cannot read it ({_one_line(error)}); check the path and permissions, or copy it again"
         ) from None
+
+
+def _one_line(error: OSError) -> str:
+    """pyarrow's have no `strerror` and several lines."""
+    return error.strerror or " ".join(str(error).split())[:300]
 
 
 class _ZstandardFile(io.RawIOBase):
@@ -51,7 +70,7 @@ class _ZstandardFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._pending:
             packed = self._frame.unused_data if self._frame.eof else b""
-            packed = packed or self._file.read(_BLOCK_BYTES)
+            packed = packed or self._file.read(_PACKED_BYTES)
             if not packed:
                 if self._started and not self._frame.eof:
                     raise EOFError("the last frame is not complete")

@@ -7,10 +7,11 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.compression import reported
+from data_prep.compression import check_plain, reported
 from data_prep.image_tar import read_image_tar
 from data_prep.progress import tracked
 from data_prep.readers import InputFile, find_files, fingerprint_files, open_parquet
@@ -40,6 +41,7 @@ class ImageFile:
         if isinstance(self.content, bytes):
             return self.content
         try:
+            check_plain(self.content)
             with open(self.content, "rb") as file:
                 return file.read(image_pixels.LARGEST_FILE_BYTES + 1)
         except OSError as error:
@@ -306,7 +308,9 @@ class ImageSource:
             return
         hashes = self._survey()
         highest = max(int(self._share * 2**64), min(hashes))
-        for value, image in zip(hashes, self._inputs[TRAIN].images(), strict=True):
+        for value, image in zip_longest(hashes, self._inputs[TRAIN].images()):
+            if value is None or image is None:
+                raise UserError("the input changed while it was read; run the same command again")
             yield VALIDATION if value <= highest else TRAIN, image
 
     def _survey(self) -> array[int]:

@@ -177,12 +177,7 @@ def prepare_job(job: Job, options: OutputOptions) -> list[DatasetManifest]:
 
 
 def _prepare(job: Job, options: OutputOptions, progress: Progress) -> list[DatasetManifest]:
-    plan = {
-        "version": PLAN_VERSION,
-        "format": options.format,
-        "rows_per_shard": options.rows_per_shard,
-        **job.plan(),
-    }
+    plan = _plan(job, options)
     done = work.completed(options.output, plan)
     if done:
         return done
@@ -191,6 +186,7 @@ def _prepare(job: Job, options: OutputOptions, progress: Progress) -> list[Datas
     encoding = job.encoding(folder)
     with worker_pool(encoding, options.workers) as run_bounded:
         counts = _encode_units(job, encoding, folder, run_bounded, progress)
+        _check_unchanged(plan, _plan(job, options), folder)
         job.check(counts)
         shards = _make_shards(counts, folder, options, run_bounded, progress)
     rows = job.row_format(folder)
@@ -216,6 +212,25 @@ def _prepare(job: Job, options: OutputOptions, progress: Progress) -> list[Datas
         work.finish(folder, options.output, job.tokenizer_files, manifest)
     shutil.rmtree(folder)
     return manifests
+
+
+def _plan(job: Job, options: OutputOptions) -> dict[str, Any]:
+    return {
+        "version": PLAN_VERSION,
+        "format": options.format,
+        "rows_per_shard": options.rows_per_shard,
+        **job.plan(),
+    }
+
+
+def _check_unchanged(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Rows of a file that changed while it was read are of no version of it; so it is hashed before and after."""
+    if before != now:
+        shutil.rmtree(folder)
+        raise UserError(
+            "the input changed while it was read, so nothing of it is kept; run the same command again once "
+            "nobody writes to it"
+        )
 
 
 def _encode_units(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.compression import COMPRESSIONS, open_binary, reported
+from data_prep.compression import COMPRESSIONS, check_plain, open_binary, reported
 from data_prep.progress import tracked
 from pgm_scale.errors import UserError
 from pgm_scale.files import sha256_file
@@ -82,7 +82,8 @@ def find_files(
         elif entry.is_file():
             files.append(InputFile(entry, entry.name))
         else:
-            raise UserError(f"{entry}: no such file or folder; give {named} files or folders")
+            what = "not a plain file or a folder" if entry.exists() else "no such file or folder"
+            raise UserError(f"{entry}: {what}; give {named} files or folders")
     unknown = [str(file.path) for file in files if file.kind not in kinds]
     if unknown:
         raise UserError(f"{unknown[0]}: unknown kind of file; give {named}, plain, .gz or .zst")
@@ -112,6 +113,7 @@ def fingerprint_files(files: Sequence[InputFile], may_be_unreadable: bool = Fals
     def line(file: InputFile) -> tuple[str, int]:
         try:
             with reported(file.path):
+                check_plain(file.path)
                 content, size_bytes = sha256_file(file.path), file.path.stat().st_size
         except UserError:
             if not may_be_unreadable:

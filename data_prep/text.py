@@ -21,6 +21,8 @@ from pgm_scale.data.manifest import TOKENIZER_NAME, DatasetManifest, Vocabulary,
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
 
+_TRAINED_NAME = "tokenizer.sha256"  # in the work folder, of a tokenizer that was trained
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(OutputOptions):
@@ -71,9 +73,12 @@ class TextJob:
         }
 
     def make_tokenizer(self, folder: Path, progress: Progress) -> None:
-        if not (folder / TOKENIZER_NAME).exists():
-            content = self._loaded_tokenizer or self._train_tokenizer(self._size_to_train or 0, progress)
+        if self._loaded_tokenizer is not None:
+            atomic_write_bytes(folder / TOKENIZER_NAME, self._loaded_tokenizer)
+        elif not _is_as_trained(folder):
+            content = self._train_tokenizer(self._size_to_train or 0, progress)
             atomic_write_bytes(folder / TOKENIZER_NAME, content)
+            atomic_write_bytes(folder / _TRAINED_NAME, hashlib.sha256(content).hexdigest().encode())
 
     def encoding(self, folder: Path) -> TextEncoding:
         options = self._options
@@ -127,3 +132,12 @@ class TextJob:
         options = self._options
         tokenizer = open_tokenizer((folder / TOKENIZER_NAME).read_bytes(), options.tokenizer)
         return vocabulary_of(tokenizer, options.packing, options.tokenizer)
+
+
+def _is_as_trained(folder: Path) -> bool:
+    """Whether an earlier run trained the tokenizer and nothing has damaged it since."""
+    try:
+        content, written = (folder / TOKENIZER_NAME).read_bytes(), (folder / _TRAINED_NAME).read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content).hexdigest().encode() == written

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.packing import Packing
 from data_prep.sources import content_hash
-from pgm_scale.data.manifest import TOKENIZER_NAME, Vocabulary
+from pgm_scale.data.manifest import LARGEST_VOCABULARY, TOKENIZER_NAME, Vocabulary
 from pgm_scale.errors import UserError
 
 TRAIN_PREFIX = "train:bpe:"
@@ -125,6 +125,10 @@ def vocabulary_of(tokenizer: Tokenizer, packing: Packing, specification: str) ->
         raise UserError(f"tokenizer {specification}: it has none of the end tokens {known}; add one to it")
     bos_id, eos_id = map(tokenizer.token_to_id, ends)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if size >= LARGEST_VOCABULARY:
+        raise UserError(
+            f"tokenizer {specification}: its highest id is {size - 1}, above {LARGEST_VOCABULARY - 2}; give another"
+        )
     mask_id = _first_id(tokenizer, _MASKS)
     pad_id = None
     if packing == "pad":

@@ -5,20 +5,25 @@ A worker imports what its encoding needs, and ends with its parent, even when th
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 
 from pgm_scale.data.manifest import Shard, ShardFormat
-from pgm_scale.files import commit, sha256_file
+from pgm_scale.errors import UserError
+from pgm_scale.files import commit
 
 
 @dataclass(frozen=True)
@@ -115,21 +120,36 @@ def write_unit(rows: UnitRows, file: Path) -> UnitCounts:
     counts = UnitCounts(rows.documents, len(rows.tokens_RL), int(rows.valid_lengths_R.sum()), rows.rejected)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")
     labels = {} if rows.labels_R is None else {"labels_R": rows.labels_R}
-    with open(temporary, "wb") as stream:
-        np.savez(
-            stream,
-            tokens_RL=rows.tokens_RL,
-            valid_lengths_R=rows.valid_lengths_R,
-            counts=np.array([counts.documents, counts.rows, counts.tokens]),
-            rejected=np.array(json.dumps([[r.name, r.reason] for r in rows.rejected])),
-            **labels,
-        )
+    content = io.BytesIO()  # a zip file that cannot be written complains again when it is forgotten
+    np.savez(
+        content,
+        tokens_RL=rows.tokens_RL,
+        valid_lengths_R=rows.valid_lengths_R,
+        counts=np.array([counts.documents, counts.rows, counts.tokens]),
+        rejected=np.array(json.dumps([[r.name, r.reason] for r in rows.rejected])),
+        **labels,
+    )
+    temporary.write_bytes(content.getbuffer())
     commit(temporary, file)
     return counts
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The arrays of a unit's file, whose checksums are compared while they are read."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            yield content
+    except (BadZipFile, ValueError, LookupError, EOFError, zlib.error, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{file}: damaged since it was written ({reason}); delete it and run the same command: "
+            "only it is made again"
+        ) from None
+
+
 def read_counts(file: Path) -> UnitCounts:
-    with np.load(file, allow_pickle=False) as content:
+    with _opened(file) as content:
         documents, rows, tokens = content["counts"].tolist()
         # Files of texts by the version before images lack it.
         listed = json.loads(str(content["rejected"])) if "rejected" in content.files else []
@@ -137,17 +157,15 @@ def read_counts(file: Path) -> UnitCounts:
 
 
 def make_shard(task: ShardTask) -> Shard:
-    """Write one shard, unless an earlier run has: a file that is there is whole."""
+    """Write one shard, also if an earlier run has: what lies there may have been damaged since, unlike the units
+    it has no checksum yet, and the hash that is taken now is what all will trust."""
     from pgm_scale.data.writers import write_shard
 
-    path = task.folder / task.name
     rows = sum(last - first for _, first, last in task.parts)
-    if path.exists():
-        return Shard(task.name, rows, path.stat().st_size, sha256_file(path))
     columns: dict[str, np.ndarray] = {}
     start = 0
     for file, first, last in task.parts:
-        with np.load(file, allow_pickle=False) as content:
+        with _opened(file) as content:
             for name in {"tokens_RL", "valid_lengths_R", "labels_R"} & set(content.files):
                 part = content[name][first:last]
                 if name not in columns:  # filled part by part: a shard of pixels may have gigabytes

@@ -68,7 +68,15 @@ def claim(output: Path, plan: dict[str, Any]) -> Path:
     plan_file = folder / _PLAN_NAME
     if plan_file.exists():
         what = f"{output} holds an unfinished preparation"
-        _refuse_differences(what, json.loads(plan_file.read_text()), plan, output)
+        try:
+            old = json.loads(plan_file.read_bytes())
+        except ValueError:
+            old = None
+        if not isinstance(old, dict):
+            raise UserError(
+                f"{plan_file}: damaged; delete {folder} and run the same command from the beginning"
+            )
+        _refuse_differences(what, old, plan, output)
     else:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("units", *SPLITS):

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgm_scale.errors import NonFiniteError, Preempted, UserError
+from pgm_scale.errors import UnstableError, Preempted, UserError
 
 PREFLIGHT_REPORT = "preflight.json"
 _GOES_ON = ("train", "distill", "prepare")  # started again, these do not begin anew
 _FINAL = {
     0: "done",
     UserError.exit_code: "bad input",
-    NonFiniteError.exit_code: "a loss or gradient that is not finite",
+    UnstableError.exit_code: "a loss or gradient that is not finite, or a spike",
 }
 _NODE = re.compile(r"[A-Za-z0-9._-]+")
 

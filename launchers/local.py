@@ -16,7 +16,7 @@ from launchers.command import Stage
 from launchers.job import Job
 from launchers.submission import check_words, unwritable
 from pgm_scale.errors import UserError
-from pgm_scale.training.signals import STOP_SIGNALS
+from pgm_scale.training.signals import answered_signals
 
 _INTERRUPTED, _KILLED = 130, 137  # exit codes, as a shell gives them
 _ASK_AGAIN_S = 2.0
@@ -54,7 +54,7 @@ class _StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in STOP_SIGNALS:
+        for number in answered_signals():
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 

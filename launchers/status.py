@@ -12,17 +12,17 @@ from pathlib import Path
 from launchers.after import read_attempts
 from launchers.records import Launched, LaunchRecord
 from launchers.slurm import JobView
-from pgm_scale.errors import HungRankError, NonFiniteError, Preempted, UserError
+from pgm_scale.errors import HungRankError, UnstableError, Preempted, UserError
 from pgm_scale.watching.heartbeat import Heartbeat, read_heartbeat
 
 _MEANINGS = {
     1: "an error of ours or of the machine",
     UserError.exit_code: "bad input",
-    NonFiniteError.exit_code: "a loss or gradient that is not finite",
+    UnstableError.exit_code: "a loss or gradient that is not finite, or a spike",
     HungRankError.exit_code: "a rank hung or died",
     Preempted.exit_code: "stopped by a signal after saving",
 }
-_FINAL_CODES = (0, UserError.exit_code, NonFiniteError.exit_code)  # after these a job is not requeued
+_FINAL_CODES = (0, UserError.exit_code, UnstableError.exit_code)  # after these a job is not requeued
 _WAITING = {
     "Resources": "waits for free nodes",
     "Priority": "waits behind other jobs",

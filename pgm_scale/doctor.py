@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,6 +17,9 @@ from rich.table import Table
 from pgm_scale import __version__
 from pgm_scale import config as configuration
 from pgm_scale.config import OptimizerConfig, ParallelConfig, RunConfig
+from pgm_scale.data.batch import ShardRows
+from pgm_scale.data.manifest import Shard
+from pgm_scale.data.readers import read_shard
 from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import UserError
 from pgm_scale.holder import node_name
@@ -106,13 +108,17 @@ def _check_config(config: RunConfig) -> list[str]:
     return problems + setup_problems(config, splits)
 
 
+def _read(split: SplitStorage, shard: Shard) -> ShardRows:
+    return read_shard(split.shard_path(shard), shard, split.manifest)
+
+
 def _shard_problems(split: SplitStorage) -> Iterator[str]:
-    shards = split.manifest.shards
-    checks: list[Callable[[], Path]] = [
+    """Hashes, and then what is in the shards: a shard whose hash is right may hold ids beyond the vocabulary."""
+    checks: list[Callable[[], object]] = [
         split.tokenizer_path,
-        *(partial(split.shard_path, shard) for shard in shards),
+        *(partial(_read, split, shard) for shard in split.manifest.shards),
     ]
-    for check in track(checks, f"hashing {split.split}", console=Console(file=sys.stderr)):
+    for check in track(checks, f"reading {split.split}", console=Console(file=sys.stderr)):
         try:
             check()
         except UserError as error:

@@ -10,8 +10,8 @@ class UserError(Exception):
     exit_code = 2
 
 
-class NonFiniteError(UserError):
-    """A loss or gradient that is not finite: no rank has updated its weights with it."""
+class UnstableError(UserError):
+    """A loss or gradient that is not finite, or a spike: no rank has updated its weights with it."""
 
     exit_code = 3
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,34 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     write_synced(temporary, data)
     os.replace(temporary, path)
     fsync_folder(path.parent)
+
+
+def read_bounded(path: str | Path, most_bytes: int = 1 << 28) -> bytes:
+    """The bytes of a file that a user names; no device fills the memory, no pipe without a writer is waited for.
+
+    Raises:
+        OSError: it cannot be read, or has more bytes.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    with open(descriptor, "rb") as file:
+        os.set_blocking(descriptor, True)
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"more than {most_bytes:,} bytes", str(path))
+    return content
+
+
+def check_regular(path: str | Path) -> None:
+    """For those who let a library open it, which would wait for the writer of a pipe.
+
+    Raises:
+        OSError: it is absent, or no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
 def sha256_file(path: Path) -> str:

@@ -47,7 +47,11 @@ class Holder:
             holder = Holder(**json.loads(data))
         except (ValueError, TypeError, RecursionError):
             return None
-        return holder if type(holder.pid) is int else None
+        texts = (holder.host, holder.machine, holder.start_ticks, holder.job)
+        is_one = type(holder.pid) is int and all(
+            isinstance(text, str) and text.isprintable() for text in texts
+        )
+        return holder if is_one else None
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}, job {self.job}"

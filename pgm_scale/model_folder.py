@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pgm_scale import config as configuration
 from pgm_scale.config import DataConfig, RunConfig
 from pgm_scale.errors import UserError
-from pgm_scale.files import sha256_file
+from pgm_scale.files import check_regular, read_bounded, sha256_file
 from pgm_scale.models import build_model
 from pgm_scale.trained_model import ModelDescription, TrainedModel
 
@@ -61,7 +61,7 @@ def read_description(folder: str | Path) -> ModelDescription:
     """
     path = Path(folder) / CONFIG_NAME
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_bounded(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}); give a folder of `pgm-scale export`") from None
     if not isinstance(tree, dict) or tree.get("model_type") != MODEL_TYPE:
@@ -174,7 +174,7 @@ def check_files(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bounded(path).decode().splitlines()
         for line in lines:
             match = _CHECKSUM_LINE.fullmatch(line)
             if match is None:
@@ -249,6 +249,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (OSError, SafetensorError) as error:
@@ -260,7 +261,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder / WEIGHTS_NAME]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_bounded(index))["weight_map"].values()))
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError("file names expected")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

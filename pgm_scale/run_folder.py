@@ -10,7 +10,11 @@
     <run>/unit_costs.json     seconds of each kind of unit, by which a pipeline is split into stages
     <run>/samples/            text generated at validations
     <run>/hangs/              the stacks of all ranks, if one of them hung
-    <run>/checkpoints/        see `pgm_scale.checkpoint.store`
+    <run>/checkpoints/        see `pgm_scale.checkpoint.step_folders`
+    <run>/first_checkpoint    see there too
+    <run>/run.lock            who writes here now
+
+config.yaml and run.json hold the SHA-256 of the rest of themselves: a byte of them decides what the weights mean.
 
 Loading a model here imports neither deepspeed nor megatron.
 """
@@ -20,7 +24,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
@@ -32,6 +38,7 @@ import torch
 
 from pgm_scale import config as configuration
 from pgm_scale.checkpoint.manifest import MANIFEST_NAME as CHECKPOINT_MANIFEST_NAME
+from pgm_scale.checkpoint.step_folders import StepFolders
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig, SDTTObjectiveConfig
 from pgm_scale.data.manifest import (
@@ -43,11 +50,16 @@ from pgm_scale.data.manifest import (
 )
 from pgm_scale.data.storage import is_remote
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes, sha256_file
+from pgm_scale.files import atomic_write_bytes, commit, sha256_file, temporary_name
 from pgm_scale.model_folder import copy_weights
 from pgm_scale.models import build_model
 from pgm_scale.secrets import secret_problems
 from pgm_scale.trained_model import ModelDescription, Origin, TrainedModel, Weights
+
+logger = logging.getLogger(__name__)
+
+_SEAL = re.compile(rb"(.*)^# sha256 of the lines above: ([0-9a-f]{64})\n", re.MULTILINE | re.DOTALL)
+_READ_ATTEMPTS = 3
 
 # A resumed run must agree with itself in these; the rest may change between sessions.
 _FIXED_SECTIONS = ("model", "objective", "optimizer")
@@ -98,6 +110,7 @@ class RunFolder:
         self.unit_costs_path = self.path / "unit_costs.json"
         self.samples_path = self.path / "samples"
         self.hangs_path = self.path / "hangs"
+        self.roll_backs_path = self.path / "roll_backs.json"
 
     def create_or_match(
         self,
@@ -117,18 +130,37 @@ class RunFolder:
             raise UserError(f"cannot write the configuration of {self.path}:\n  " + "\n  ".join(secrets))
         stored = self.check_continues(config, train) if self.identity_path.exists() else None
         if stored is None:
+            self._refuse_lost_identity()
             self.path.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(tokenizer_path, self.tokenizer_path)
-            if train.images is not None and train.images.tokens == "codes":
-                shutil.copyfile(tokenizer_path.with_name(VQ_WEIGHTS_NAME), self.path / VQ_WEIGHTS_NAME)
-        atomic_write_bytes(self.config_path, configuration.to_yaml(_with_absolute_paths(config)).encode())
+        self._copy_tokenizer(train, tokenizer_path)
+        text = configuration.to_yaml(_with_absolute_paths(config)).encode()
+        atomic_write_bytes(self.config_path, text + _seal(text))
         if stored is not None:
             return stored
         # Last: its presence says that the description is whole.
         identity = RunIdentity.new(train, distilled_from)
-        content = json.dumps(dataclasses.asdict(identity), indent=2) + "\n"
-        atomic_write_bytes(self.identity_path, content.encode())
+        atomic_write_bytes(self.identity_path, _sealed_json(dataclasses.asdict(identity)))
         return identity
+
+    def _refuse_lost_identity(self) -> None:
+        folders = StepFolders(self.path)
+        if folders.have_been():
+            owners = {owner for step in folders.steps() if (owner := folders.owner(step)) is not None}
+            raise UserError(
+                f"{self.identity_path} is missing, but the run has had checkpoints (run_id "
+                f"{', '.join(sorted(owners)) or 'unknown'}); restore it, or train in a new folder"
+            )
+
+    def _copy_tokenizer(self, train: DatasetManifest, source: Path) -> None:
+        """The data's, which was verified; again if the run's own is lost or damaged."""
+        if not _has_sha256(self.tokenizer_path, train.tokenizer_sha256):
+            if self.identity_path.exists():
+                logger.warning("%s was missing or damaged; copied again from the data", self.tokenizer_path)
+            _copy(source, self.tokenizer_path)
+        weights = self.path / VQ_WEIGHTS_NAME
+        is_of_codes = train.images is not None and train.images.tokens == "codes"
+        if is_of_codes and not (weights.exists() and self.identity_path.exists()):
+            _copy(source.with_name(VQ_WEIGHTS_NAME), weights)
 
     def check_continues(self, config: RunConfig, train: DatasetManifest) -> RunIdentity:
         """The identity of the run that is there, if `config` and the data go on with it; else a `UserError`."""
@@ -147,6 +179,15 @@ class RunFolder:
         if not self.config_path.exists():
             raise UserError(
                 f"{self.path} is not a run folder (no config.yaml in it); give the folder of a run"
+            )
+        try:
+            sealed = _SEAL.fullmatch(self.config_path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {self.config_path}: {error.strerror}; restore it") from None
+        if sealed is not None and hashlib.sha256(sealed[1]).hexdigest().encode() != sealed[2]:
+            raise UserError(
+                f"{self.config_path} is damaged, or was edited: it is not what its last line says; restore it, or "
+                "remove that line if all of it is meant so"
             )
         return configuration.load(self.config_path)
 
@@ -174,7 +215,7 @@ class RunFolder:
         except FileNotFoundError:
             costs = measure()
             atomic_write_bytes(self.unit_costs_path, (json.dumps(costs, indent=2) + "\n").encode())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"cannot use {self.unit_costs_path} ({type(error).__name__}: {error}); "
                 "delete it to measure the costs again"
@@ -183,14 +224,43 @@ class RunFolder:
 
     def identity(self) -> RunIdentity:
         try:
-            tree = json.loads(self.identity_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = self.identity_path.read_bytes()
+            tree = json.loads(data)
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {self.identity_path} ({error}); give the folder of a run") from None
         problems: list[str] = []
+        if isinstance(tree, dict) and tree.pop("sha256", None) is not None:  # older ones have none
+            problems += [] if _sealed_json(tree) == data else ["its bytes are not those of its sha256"]
         identity = configuration.parse(RunIdentity, tree, problems)
         if problems:
-            raise UserError(f"{self.identity_path} is damaged: {'; '.join(problems)}; restore it")
+            raise UserError(
+                f"{self.identity_path} is damaged: {' '.join('; '.join(problems).split())}; restore it"
+            )
         return identity
+
+
+def _seal(text: bytes) -> bytes:
+    return f"# sha256 of the lines above: {hashlib.sha256(text).hexdigest()}\n".encode()
+
+
+def _sealed_json(tree: dict[str, Any]) -> bytes:
+    """With the SHA-256 of itself; the same bytes for the same tree."""
+    digest = hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+    return (json.dumps({**tree, "sha256": digest}, indent=2) + "\n").encode()
+
+
+def _has_sha256(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_file(path) == sha256
+    except OSError:
+        return False
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Whole or not at all."""
+    temporary = temporary_name(target)
+    shutil.copyfile(source, temporary)
+    commit(temporary, target)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -275,10 +345,21 @@ def load_run(
     """
     run = RunFolder(folder)
     config, identity = run.config(), run.identity()
+    if run.tokenizer_path.exists() and not _has_sha256(run.tokenizer_path, identity.tokenizer_sha256):
+        raise UserError(
+            f"{run.tokenizer_path} is damaged: it is not the run's tokenizer; copy it again from its data"
+        )
     store = CheckpointStore(run.path)
-    step, origin = choose_checkpoint(run, store, step, weights)
+    for attempt in range(_READ_ATTEMPTS):
+        chosen, origin = choose_checkpoint(run, store, step, weights)
+        try:
+            values = store.read_full(chosen, origin.weights)
+            break
+        except UserError:  # training may have removed it just now, and have saved a newer one
+            if step is not None or store.folders.of(chosen).exists() or attempt == _READ_ATTEMPTS - 1:
+                raise
     model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
-    copy_weights(model, store.read_full(step, origin.weights), f"checkpoint {step} of {run.path}")
+    copy_weights(model, values, f"checkpoint {chosen} of {run.path}")
     model.eval().requires_grad_(False)
     return TrainedModel(model.to(device, dtype), run.description(origin), run.path)
 

@@ -26,8 +26,9 @@ _SECRET_WORD = re.compile(
     r"(KEY|APIKEYS|KEYS|TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|JWT|^PASS|^WEBHOOK)$"
 )
 _PATH_WORDS = ("FILE", "PATH", "DIR", "FOLDER")  # the last word: where a secret lies is none
+# The scheme is bounded: at each letter of a long text one of any length is looked for to its end.
 # user:password, but not $USER:$PASSWORD, which the shell fills in, nor the tag of docker://image:tag@sha256:...
-_ADDRESS_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/:@?#]*:(?!\$)[^\s/@?#]+)@(?!sha256:)")
+_ADDRESS_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://([^\s/:@?#]*:(?!\$)[^\s/@?#]+)@(?!sha256:)")
 
 
 def secret_values(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

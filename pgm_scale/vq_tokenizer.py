@@ -28,13 +28,14 @@ from pgm_scale import config as configuration
 from pgm_scale.config import VQModelConfig
 from pgm_scale.data.manifest import TOKENIZER_NAME, VQ_WEIGHTS_NAME
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.files import atomic_write_bytes, read_bounded
 from pgm_scale.models.vq import NORM_GROUPS, VQModel, downsampling, unit_range
 from pgm_scale.run_folder import RunFolder, load_run
 
 # How often training chose each code: a published buffer that nothing else reads.
 _IGNORED = {"quantize.codebook_used"}
 _NAMED_PROBLEMS = 8
+_MOST_BYTES = 1 << 34  # of weights; the published ones have 280 MB
 
 
 class VQTokenizer:
@@ -199,9 +200,9 @@ def _published_tensors(path: Path) -> Mapping[str, Any]:
 def _model_of_folder(folder: Path) -> VQModel:
     path = folder / TOKENIZER_NAME
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_bounded(path))
         kind, config_tree, sha256 = tree["kind"], tree["config"], tree["weights_sha256"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} does not describe a VQ tokenizer ({type(error).__name__}: {error}); restore it"
         ) from None
@@ -211,7 +212,7 @@ def _model_of_folder(folder: Path) -> VQModel:
         raise UserError(f"{path} does not describe a VQ tokenizer: {'; '.join(problems)}; restore it")
     weights_path = folder / VQ_WEIGHTS_NAME
     try:
-        weights = weights_path.read_bytes()
+        weights = read_bounded(weights_path, _MOST_BYTES)
         if hashlib.sha256(weights).hexdigest() != sha256:
             raise UserError(f"{weights_path} is not the file that {path} names (other SHA-256); restore it")
         tensors = safetensors.torch.load(weights)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, real signals, and errors of one readable message."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import yaml
 
 from pgm_scale import config as configuration
 from pgm_scale.cli import main
+from pgm_scale.data import DatasetManifest
 from tests.tiny_data import tiny_config, write_tiny_data
 
 COMMAND = [sys.executable, "-m", "pgm_scale.cli"]
@@ -224,10 +226,9 @@ def test_a_vocabulary_mismatch_is_a_readable_diff(
 ) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    manifest = copy / "validation" / "dataset.json"
-    tree = json.loads(manifest.read_text())
-    tree["vocabulary"]["size"] = 30
-    manifest.write_text(json.dumps(tree))
+    manifest = DatasetManifest.load(copy / "validation")
+    vocabulary = dataclasses.replace(manifest.vocabulary, size=30)
+    dataclasses.replace(manifest, vocabulary=vocabulary).save(copy / "validation")
     assert main(["train", str(_config_file(copy, tmp_path / "run"))]) == 2
     errors = capsys.readouterr().err
     assert "vocabulary" in errors

@@ -25,6 +25,7 @@ from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.training.checkpointing import Checkpointer
 from pgm_scale.training.ema import ExponentialMovingAverage
+from pgm_scale.training.stability import Stability
 from pgm_scale.training.step import prepare_micro_batch, training_step
 
 
@@ -56,6 +57,7 @@ class BenchRun:
         self.engine = Engine.build(self.config, VOCABULARY.size, length, mesh)
         self.ema = ExponentialMovingAverage(self.engine.state, 0.999)
         self.checkpointer = Checkpointer(CheckpointStore(folder), self.engine, self.ema)
+        self.stability = Stability(self.config.stability, folder / "roll_backs.json")
         self.objective = build_objective(objective, VOCABULARY)
         tokens_BL = np.random.default_rng(0).integers(0, VOCABULARY.mask_id, (sequences, length))
         batch = TokenBatch(tokens_BL, np.ones_like(tokens_BL, bool), np.arange(sequences))
@@ -73,6 +75,7 @@ class BenchRun:
             self.config,
             self.mesh,
             checkpointer,
+            self.stability,
             False,
         )
         if checkpointer.store.under_way is not None and result.agreed.save_ended:

@@ -91,6 +91,14 @@ class LocalSlurm:
         """As if it lost power: SIGKILL to its slurmd, steps and tasks. Slurm notices after `node_timeout_s`."""
         end_all(lambda: self.processes(node), patience_s=0)
 
+    def signal_at_preemption(self, sends_user_signal: bool) -> None:
+        """Change `Settings.signal_at_preemption` while it runs."""
+        name = "SlurmctldParameters"
+        kept = [line for line in self.configuration.read_text().splitlines() if not line.startswith(name)]
+        wanted = [f"{name}=preempt_send_user_signal"] if sends_user_signal else []
+        self.configuration.write_text("\n".join([*kept, *wanted, ""]))
+        self.run("scontrol", "reconfigure")
+
     def run(self, *command: str) -> str:
         """The output of a command that talks to this Slurm.
 

@@ -42,7 +42,12 @@ class BackgroundWrite:
         if torch.cuda.is_initialized():  # copies run beside the GPU's later work, after what it does now
             self._stream = torch.cuda.Stream()
             self._stream.wait_stream(torch.cuda.current_stream())
-        threading.Thread(target=self._run, name="checkpoint-write", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="checkpoint-write", daemon=True).start()
+        except RuntimeError as error:  # no more threads: for `result`, where all ranks hear of it
+            self._error = OSError(f"no thread for the write in the background ({error})")
+            self._copied.set()
+            self._ended.set()
 
     @property
     def is_running(self) -> bool:

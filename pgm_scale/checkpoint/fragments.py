@@ -114,19 +114,39 @@ def list_pieces(path: Path) -> list[tuple[TensorKey, Piece]]:
                     f"{path}: its format is {metadata.get('format')!r}, this version reads {READABLE_FORMATS}; "
                     "load it with the version of pgm-scale that wrote it"
                 )
-            shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-            return [_piece(path, key, file.get_slice(key).get_shape(), shapes) for key in file.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, AssertionError) as error:  # TensorSlice asserts
+            shapes = _shapes(json.loads(metadata["shapes"]))
+            return [_piece(path, key, file.get_slice(key), shapes) for key in file.keys()]  # noqa: SIM118
+    # Of a header that was crafted; TensorSlice asserts.
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+        AssertionError,
+    ) as error:
         raise UserError(f"{path}: not a readable fragment file ({error}); use another step") from None
 
 
-def _piece(
-    path: Path, key: str, shape: list[int], shapes: dict[str, tuple[int, ...]]
-) -> tuple[TensorKey, Piece]:
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The whole tensors' shapes, of a file's metadata."""
+    if not isinstance(tree, dict):
+        raise ValueError("its shapes are no mapping")
+    for name, shape in tree.items():
+        if not (isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)):
+            raise ValueError(f"{name!r} has no shape of a tensor")
+    return {name: tuple(shape) for name, shape in tree.items()}
+
+
+def _piece(path: Path, key: str, stored: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[TensorKey, Piece]:
+    """`stored`: safetensors' view of the tensor."""
     kind, name, place, start = _split_key(key)
+    if stored.get_dtype() != "F32":
+        raise ValueError(f"{key!r} is {stored.get_dtype()}, not F32")
     whole = TensorSlice.whole(shapes[name])
     slice_ = TensorSlice(whole.global_shape, *place) if place else whole
-    [length] = shape
+    [length] = stored.get_shape()
     if start + length > slice_.numel:
         raise ValueError(f"{key!r} ends outside of its tensor")
     return (cast(Kind, kind), name), Piece(path, key, slice_, start, length)

@@ -18,6 +18,8 @@ from pgm_scale.holder import Holder
 
 logger = logging.getLogger(__name__)
 
+_OLD_NS = 3_600_000_000_000
+
 
 class RunLock:
     """Exclusive use of a run folder: `with RunLock(folder): ...`. Linux only (process start times in /proc).
@@ -66,6 +68,7 @@ class RunLock:
         finally:
             with contextlib.suppress(OSError):
                 ours.unlink()
+        self._remove_leftovers()
         self._stop.clear()
         self._heart = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
         self._heart.start()
@@ -84,8 +87,11 @@ class RunLock:
         if self._heart is not None:
             self._heart.join()
             self._heart = None
-            if self._is_ours():
-                self.path.unlink()
+            try:
+                if self._is_ours():
+                    self.path.unlink()
+            except OSError as error:  # the next run sees that its holder is dead
+                logger.warning("cannot remove %s (%s)", self.path, error.strerror)
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -115,11 +121,29 @@ class RunLock:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return
-        if _content(aside) == data:
+        found = _content(aside)  # None: who has the lock by now has removed it
+        if found == data:
             logger.warning("recovered the run lock of a dead process (%s)", holder or "unreadable lock")
-        else:
+        elif found is not None:
             _link(aside, self.path)
-        aside.unlink()
+        aside.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """With the lock held: what processes have left that were killed while they took it or gave it back.
+
+        Another starter may be at work here at any time, so what is no dead process's of this machine stays until
+        it is an hour old, by the file server's own clock.
+        """
+        try:
+            old_ns = self.path.stat().st_mtime_ns - _OLD_NS
+            for path in self.path.parent.glob(f".{self.path.name}.*"):
+                content = _read(path)
+                holder = Holder.from_bytes(content[0]) if content else None
+                is_dead = holder is not None and holder.lives() is False
+                if content and (is_dead or content[1] < old_ns):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("cannot tidy up after dead processes beside %s (%s)", self.path, error.strerror)
 
     def _lives(self, holder: Holder | None, data: bytes) -> bool:
         lives = None if holder is None else holder.lives()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +20,11 @@ MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 VERSION = 1
 _HASH_THREADS = 4
+_MAX_MANIFEST_BYTES = 1 << 28  # a million ranks
+_SHA256 = re.compile("[0-9a-f]{64}")
+# A file that fails so is damaged. Of all else (no permission, too many open files, a server that does not answer)
+# the step may be good, so nothing must be judged by it.
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 
 
 def rank_file_name(rank: int) -> str:
@@ -76,6 +83,8 @@ class Manifest:
             manifest = Manifest(body["step"], files)
         except (KeyError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a manifest ({type(error).__name__})") from None
+        if not (_is_count(manifest.step) and all(map(_is_possible, files))):
+            raise ValueError("not a manifest (a value of the wrong type)")
         if manifest.to_bytes() != data:
             raise ValueError("changed after it was written (its SHA-256 differs)")
         expected = [rank_file_name(rank) for rank in range(len(files) - 1)] + [STATE_NAME]
@@ -84,13 +93,25 @@ class Manifest:
         return manifest
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_possible(entry: FileEntry) -> bool:
+    """What JSON gave has the types that were meant."""
+    is_hash = isinstance(entry.sha256, str) and _SHA256.fullmatch(entry.sha256) is not None
+    return isinstance(entry.name, str) and _is_count(entry.bytes) and is_hash
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Raises: ValueError: it is missing, unreadable or changed."""
+    """Raises: ValueError: it is missing or damaged; OSError: it cannot be read, and may be good."""
     try:
-        manifest = Manifest.from_bytes((folder / MANIFEST_NAME).read_bytes())
+        with open(folder / MANIFEST_NAME, "rb") as file:
+            return Manifest.from_bytes(file.read(_MAX_MANIFEST_BYTES))
     except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
         raise ValueError(error.strerror) from None
-    return manifest
 
 
 def find_problems(
@@ -104,6 +125,9 @@ def find_problems(
 
     The manifest itself and the list of files are checked by every share. An unlisted rank file is a problem,
     since it says that two checkpoints were mixed; other unlisted files are nobody's business.
+
+    Raises:
+        OSError: a file cannot be read, but may be good.
     """
     try:
         manifest = read_manifest(folder)
@@ -133,6 +157,8 @@ def _compare(
         except FileNotFoundError:
             fault = "missing"
         except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
             fault = f"unreadable ({describe(error)})"
         return Problem(entry.name, fault) if fault else None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pgm_scale.checkpoint.fragments import Piece, TensorKey, list_pieces
 from pgm_scale.checkpoint.geometry import Box, Region, first_fault, grid_stride
@@ -120,7 +120,7 @@ def assemble(
         for each key one 1-D fp32 CPU tensor a range, in the order asked.
 
     Raises:
-        UserError: a tensor's stored and wanted shards are cut in two ways.
+        UserError: a tensor's stored and wanted shards are cut in two ways, or a file is gone.
     """
     values = {
         key: [torch.empty(n, dtype=torch.float32) for _, _, n in ranges]
@@ -132,10 +132,13 @@ def assemble(
             for copy in _copies(key, shape, range_, target, index.pieces[key]):
                 copies.setdefault(copy.piece.path, []).append(copy)
     for path, parts in copies.items():
-        with safe_open(path, framework="pt") as file:
-            for copy in parts:
-                progress(f"reading {path.name}")
-                copy.target.copy_(copy.region.cut(file.get_slice(copy.piece.key), copy.box))
+        try:
+            with safe_open(path, framework="pt") as file:
+                for copy in parts:
+                    progress(f"reading {path.name}")
+                    copy.target.copy_(copy.region.cut(file.get_slice(copy.piece.key), copy.box))
+        except (OSError, SafetensorError) as error:  # purged, since its header was read
+            raise UserError(f"{path}: cannot be read any more ({error}); use another step") from None
     return values
 
 

@@ -4,10 +4,12 @@
     <run>/checkpoints/LATEST                          the name of the newest step
     <run>/checkpoints/quarantine/step_...-<reason>    bad steps, for a person to look at
     <run>/checkpoints/.step_00002000.saving           a save under way, or one that died
+    <run>/first_checkpoint                            the name of the first step that was saved
 
 A save writes and syncs all files in the `.saving` folder, the manifest last, renames the folder, syncs the
 parent and then moves LATEST. A death before the manifest loses that save only; a death after it loses
-nothing, as `recover` finishes the rename, and LATEST is a convenience that the next start repairs.
+nothing, as `recover` finishes the rename, and LATEST is a convenience that the next start repairs. The file
+`first_checkpoint` lies outside, so that a run whose checkpoints are gone is not taken for a new one.
 """
 
 from __future__ import annotations
@@ -35,11 +37,16 @@ from pgm_scale.checkpoint.manifest import (
 from pgm_scale.checkpoint.peers import describe
 from pgm_scale.checkpoint.writing import write_fragments
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes, fsync_folder, sha256_file, write_synced
+from pgm_scale.files import atomic_write_bytes, fsync_folder, sha256_file, temporary_name, write_synced
 
 logger = logging.getLogger(__name__)
 
-_STEP_NAME = re.compile(r"step_(\d{8,})")
+_STEP_NAME = re.compile(r"step_([0-9]{8,})")
+_LEFTOVER_NAME = re.compile(rf"\.{_STEP_NAME.pattern}\.(saving|purging)")
+_PROBE_NAME = ".writable"
+_MARKER_NAME = "LATEST"
+_MAX_MARKER_BYTES = 4096
+_MAX_STATE_BYTES = 1 << 26
 
 
 def step_name(step: int) -> str:
@@ -51,13 +58,16 @@ class StepFolders:
 
     def __init__(self, run_folder: str | Path) -> None:
         self.folder = Path(run_folder) / "checkpoints"
+        self._first_path = Path(run_folder) / "first_checkpoint"
+        self._identity_path = Path(run_folder) / "run.json"
 
     def steps(self) -> list[int]:
         """All committed steps in ascending order, verified or not."""
         if not self.folder.is_dir():
             return []
         found = [_STEP_NAME.fullmatch(entry.name) for entry in os.scandir(self.folder)]
-        return sorted(int(match[1]) for match in found if match)
+        # Another spelling of a number would be a step that is not there, and count as one that is kept.
+        return sorted(int(match[1]) for match in found if match and match[0] == step_name(int(match[1])))
 
     def of(self, step: int) -> Path:
         """The folder of a committed step."""
@@ -68,8 +78,14 @@ class StepFolders:
         return self.folder / f".{step_name(step)}.saving"
 
     def begin(self, step: int) -> bool:
-        """Rank 0, before any rank writes: an empty folder for the save. False when the step is committed."""
-        if self.of(step).exists():
+        """Rank 0, before any rank writes: an empty folder for the save. False when the step is committed.
+
+        What has its name and is none of our steps (a copy that somebody made) is moved out of the way.
+        """
+        stranger = self._stranger(step)
+        if stranger is not None:
+            logger.error("%s is %s; moved to %s", self.of(step), stranger, self.quarantine(step, stranger))
+        elif self.of(step).exists():
             return False
         self._make_folder()
         self.abandon(step)
@@ -109,25 +125,33 @@ class StepFolders:
         state_entry = FileEntry(STATE_NAME, len(state_bytes), sha256_file(saving / STATE_NAME))
         write_synced(saving / MANIFEST_NAME, Manifest(step, (*entries, state_entry)).to_bytes())
         self._publish(step)
-        self.move_marker(step)
+        self.mark(step)
 
     def abandon(self, step: int) -> None:
         """Rank 0: remove what a failed save of this step has left."""
         shutil.rmtree(self.saving(step), ignore_errors=True)
 
     def recover(self) -> None:
-        """At start: finish the saves that died after their manifest, remove the other leftovers."""
+        """At start: finish the saves that died after their manifest, remove the other leftovers.
+
+        Raises:
+            OSError: nothing can be written here, or a leftover cannot be removed.
+        """
         self._make_folder()
-        for leftover in [*self.folder.glob(".step_*"), *self.folder.glob(".LATEST.*")]:
-            match = re.fullmatch(rf"\.{_STEP_NAME.pattern}\.saving", leftover.name)
-            if match and self._is_complete(leftover, int(match[1])):
-                logger.warning("finished the commit of %s, which had died before its rename", leftover.name)
-                self._publish(int(match[1]))
-            elif leftover.is_dir():
-                logger.warning("removed %s, left by a process that died", leftover.name)
-                shutil.rmtree(leftover)
+        write_synced(self.folder / _PROBE_NAME, b"")
+        (self.folder / _PROBE_NAME).unlink()
+        temporary_name(self.folder / _MARKER_NAME).unlink(missing_ok=True)
+        leftovers = [(path, _LEFTOVER_NAME.fullmatch(path.name)) for path in self.folder.iterdir()]
+        for path, match in leftovers:
+            if match is None:
+                continue
+            step, kind = int(match[1]), match[2]
+            if kind == "saving" and path == self.saving(step) and self._is_complete(path, step):
+                logger.warning("finished the commit of %s, which had died before its rename", path.name)
+                self._publish(step)
             else:
-                leftover.unlink()
+                logger.warning("removed %s, left by a process that died", path.name)
+                shutil.rmtree(path)
 
     def purge(self, keep_last: int, intervals_steps: Sequence[int], keep_step: int | None) -> list[int]:
         """Delete all but the newest `keep_last`, the intervals' multiples and `keep_step`; returns the deleted."""
@@ -165,12 +189,49 @@ class StepFolders:
     def marker(self) -> str | None:
         """What LATEST says: a step's name when all is well."""
         try:
-            return (self.folder / "LATEST").read_text(encoding="utf-8", errors="replace").rstrip("\n")
-        except FileNotFoundError:
+            with open(self.folder / _MARKER_NAME, "rb") as file:
+                return file.read(_MAX_MARKER_BYTES).decode(errors="replace").rstrip("\n")
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            return describe(error)
 
-    def move_marker(self, step: int) -> None:
-        atomic_write_bytes(self.folder / "LATEST", f"{step_name(step)}\n".encode())
+    def mark(self, step: int) -> None:
+        """Let LATEST name `step`, and `first_checkpoint` if it is the first; neither can undo a commit."""
+        line = f"{step_name(step)}\n".encode()
+        try:
+            if not self._first_path.exists():
+                atomic_write_bytes(self._first_path, line)
+            if self.marker() != step_name(step):
+                atomic_write_bytes(self.folder / _MARKER_NAME, line)
+        except OSError as error:
+            reason = describe(error)
+            logger.warning("LATEST cannot name %s (%s); the next start tries again", step_name(step), reason)
+
+    def have_been(self) -> bool:
+        """Whether the run has ever had a checkpoint, be it lost."""
+        return bool(
+            self._first_path.exists() or self.marker() is not None or self.steps() or self.quarantined()
+        )
+
+    def owner(self, step: int) -> str | None:
+        """The id of the run that saved a step; None where it does not say, or is no step."""
+        return _run_id(self.of(step) / STATE_NAME)
+
+    def is_foreign(self, step: int) -> bool:
+        """Whether another run than that of this folder has saved the step."""
+        owner, ours = self.owner(step), _run_id(self._identity_path)
+        return None not in (owner, ours) and owner != ours
+
+    def _stranger(self, step: int) -> str | None:
+        """What there is in the place of a step if it is none that this run has committed."""
+        if not self.of(step).exists():
+            return None
+        try:
+            named = read_manifest(self.of(step)).step
+        except ValueError:
+            return "no checkpoint"
+        return f"of step {named}" if named != step else "of another run" if self.is_foreign(step) else None
 
     def _publish(self, step: int) -> None:
         fsync_folder(self.saving(step))
@@ -186,5 +247,18 @@ class StepFolders:
 
     def _make_folder(self) -> None:
         if not self.folder.is_dir():
+            if os.path.lexists(self.folder):
+                raise UserError(f"{self.folder} is no folder, or a link to one that is gone; put it back")
             self.folder.mkdir(parents=True, exist_ok=True)
             fsync_folder(self.folder.parent)
+
+
+def _run_id(path: Path) -> str | None:
+    """The `run_id` in a JSON object; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            tree = json.loads(file.read(_MAX_STATE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = tree.get("run_id") if isinstance(tree, dict) else None
+    return found if isinstance(found, str) else None

@@ -165,6 +165,7 @@ class CheckpointStore:
             UserError: `strict` and a bad step; or no good step although there have been some.
         """
         rejected: set[int] = set()
+        self.peers.first(self._refuse_foreign_identity)
         while (step := self.peers.first(lambda: self._newest(rejected))) is not None:
             problems = self._problems(step)
             if not problems:
@@ -190,9 +191,12 @@ class CheckpointStore:
         """The state of a verified step."""
         path = self.folders.of(step) / STATE_NAME
         try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+            state = json.loads(path.read_bytes())
+            if not isinstance(state, dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: {describe(error)}; use one of the steps {self.steps()}") from None
+        return state
 
     def kinds(self, step: int) -> set[Kind]:
         """The kinds of values a step holds (a run without EMA has no "ema")."""
@@ -235,7 +239,7 @@ class CheckpointStore:
         folder = self.folders.of(step)
         try:
             return build_index(folder / name for name in read_manifest(folder).rank_files)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder}: manifest {error}; use one of the steps {self.steps()}") from None
 
     def _newest(self, rejected: set[int]) -> int | None:
@@ -244,7 +248,10 @@ class CheckpointStore:
     def _problems(self, step: int) -> list[Problem]:
         folder, peers = self.folders.of(step), self.peers
         found = peers.each(lambda: find_problems(folder, step, peers.rank, peers.world_size, peers.progress))
-        return list(dict.fromkeys(problem for share in found for problem in share))
+        problems = list(dict.fromkeys(problem for share in found for problem in share))
+        if not problems and peers.first(lambda: self.folders.is_foreign(step)):
+            problems = [Problem(STATE_NAME, "belongs to another run")]
+        return problems
 
     def _reject(self, step: int, problems: list[Problem], repair: bool) -> None:
         if not self.folders.of(step).exists():
@@ -257,11 +264,20 @@ class CheckpointStore:
     def _repair_marker(self, step: int) -> None:
         if self.folders.marker() != step_name(step):
             logger.warning("LATEST did not name %s, the newest good checkpoint; repaired", step_name(step))
-            self.folders.move_marker(step)
+        self.folders.mark(step)
+
+    def _refuse_foreign_identity(self) -> None:
+        """Else a run.json that was overwritten would put every step in the quarantine."""
+        steps = self.steps()
+        if steps and all(self.folders.is_foreign(step) for step in steps):
+            raise UserError(
+                f"{self.folders.folder} holds only checkpoints of the run {self.folders.owner(steps[-1])}, and "
+                "run.json beside it is of another; restore run.json, or move them to their own run folder"
+            )
 
     def _refuse_silent_restart(self) -> None:
         quarantined = self.folders.quarantined()
-        if quarantined or self.folders.marker() is not None or self.steps():
+        if self.folders.have_been():
             raise UserError(
                 f"{self.folders.folder} has had checkpoints, but none is usable "
                 f"(quarantine: {', '.join(quarantined) or 'empty'}); "

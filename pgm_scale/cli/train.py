@@ -49,10 +49,16 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, distils: bool = False) -> None:
+    from pgm_scale.cli.streams import forgiving
     from pgm_scale.training.signals import StopFlag
 
-    with StopFlag() as stop:
-        _run_until(stop, options, distils)
+    with StopFlag() as stop, forgiving("stdout"):  # nothing that libraries print is a result
+        try:
+            _run_until(stop, options, distils)
+        except Exception:
+            if stop.was_interrupted:  # in the middle of an import, which broke what came later
+                raise KeyboardInterrupt from None
+            raise
 
 
 def _run_until(stop: StopFlag, options: argparse.Namespace, distils: bool) -> None:

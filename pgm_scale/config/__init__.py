@@ -41,9 +41,11 @@ from pgm_scale.config.objectives import (
 )
 from pgm_scale.config.parsing import (
     parse,
-    read_yaml,
     to_mapping,
     to_yaml,
+)
+from pgm_scale.config.reading import (
+    read_yaml,
 )
 from pgm_scale.config.sections import (
     CheckpointConfig,
@@ -52,6 +54,7 @@ from pgm_scale.config.sections import (
     ParallelConfig,
     RunConfig,
     SamplerConfig,
+    StabilityConfig,
     TrackingConfig,
     TrainingConfig,
     ValidationConfig,
@@ -85,6 +88,7 @@ __all__ = [
     "RunConfig",
     "SDTTObjectiveConfig",
     "SamplerConfig",
+    "StabilityConfig",
     "TrackingConfig",
     "TrainingConfig",
     "TransformerConfig",

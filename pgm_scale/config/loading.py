@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pgm_scale.config.checks import inconsistencies
-from pgm_scale.config.parsing import apply_override, parse, read_yaml, to_mapping
+from pgm_scale.config.parsing import apply_override, parse, to_mapping
+from pgm_scale.config.reading import read_yaml
 from pgm_scale.config.sections import RunConfig
 from pgm_scale.errors import UserError
 from pgm_scale.secrets import secret_problems

@@ -5,47 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from pgm_scale.config.reading import parse_yaml
 from pgm_scale.config.sections import RunConfig
 from pgm_scale.config.sizes import MODEL_SIZES
-from pgm_scale.errors import UserError
 
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-
-
-def _without_colons(pattern: re.Pattern[str]) -> re.Pattern[str]:
-    """What `pattern` matches, if there is no colon in it."""
-    return re.compile(rf"(?![^:]*:)(?:{pattern.pattern})", pattern.flags)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without numbers in base 60: there 24:00:00 would be 86400."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (so the base class declares it)
-        first: [(tag, _without_colons(pattern) if tag in _NUMBERS else pattern) for tag, pattern in resolvers]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from disk, or a one-line `UserError`."""
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}; give a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections at the top, found {type(tree).__name__}")
-    return tree
+_LONGEST_KEY, _LONGEST_VALUE = 100, 200  # letters of a message; an anchor of anchors would be gigabytes
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, _LONGEST_VALUE, _LONGEST_VALUE
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -70,14 +44,14 @@ _type_hints = functools.cache(typing.get_type_hints)
 def parse(cls: type, tree: Any, problems: list[str], where: str = "") -> Any:
     """Build the dataclass `cls` from plain containers, adding a line to `problems` for each fault."""
     if not isinstance(tree, Mapping):
-        problems.append(f"{where or 'top level'}: expected a mapping, found {tree!r}")
+        problems.append(f"{where or 'top level'}: expected a mapping, found {_SHORT.repr(tree)}")
         return None
     hints = _type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     before = len(problems)
     for key in tree:
         if key not in known:
-            problems.append(f"{_join(where, key)}: unknown key{_nearest(str(key), known)}")
+            problems.append(f"{_join(where, key)}: unknown key{_nearest(_cut(key), known)}")
     values = {}
     for name, spec in known.items():
         if name in tree:
@@ -105,7 +79,7 @@ def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
             return value
         choices = ", ".join(str(a) for a in arguments)
         problems.append(
-            f"{where}: {value!r} is not one of {choices}{_nearest(str(value), map(str, arguments))}"
+            f"{where}: {_SHORT.repr(value)} is not one of {choices}{_nearest(_cut(value), map(str, arguments))}"
         )
         return None
     if origin is tuple:
@@ -117,7 +91,7 @@ def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
                 for i, (a, v) in enumerate(zip(arguments, value, strict=True))
             )
         count = "a list of" if Ellipsis in arguments else len(arguments)
-        problems.append(f"{where}: expected {count} values, found {value!r}")
+        problems.append(f"{where}: expected {count} values, found {_SHORT.repr(value)}")
         return None
     return _parse_scalar(hint, value, problems, where)
 
@@ -125,7 +99,7 @@ def _parse_value(hint: Any, value: Any, problems: list[str], where: str) -> Any:
 def _parse_mapping(hints: tuple[Any, ...], value: Any, problems: list[str], where: str) -> Any:
     """A mapping of free keys; a scalar stands for a string, as in `NCCL_NVLS_ENABLE: 0`."""
     if not isinstance(value, Mapping):
-        problems.append(f"{where}: expected a mapping, found {value!r}")
+        problems.append(f"{where}: expected a mapping, found {_SHORT.repr(value)}")
         return None
     scalars = hints[1] is str
     return {
@@ -139,20 +113,22 @@ def _parse_mapping(hints: tuple[Any, ...], value: Any, problems: list[str], wher
 def _parse_kind(members: list[Any], value: Any, problems: list[str], where: str) -> Any:
     """Choose the union's member by `kind`; `size` stands for the keys of a named model."""
     if not isinstance(value, Mapping):
-        problems.append(f"{where}: expected a mapping, found {value!r}")
+        problems.append(f"{where}: expected a mapping, found {_SHORT.repr(value)}")
         return None
     tree = dict(value)
     size = tree.pop("size", None) if where == "model" else None
     if size is not None:
         if not isinstance(size, str) or size not in MODEL_SIZES:
-            problems.append(f"{where}.size: unknown size {size!r}{_nearest(str(size), MODEL_SIZES)}")
+            problems.append(
+                f"{where}.size: unknown size {_SHORT.repr(size)}{_nearest(_cut(size), MODEL_SIZES)}"
+            )
             return None
         tree = MODEL_SIZES[size] | tree
     by_kind = {typing.get_args(typing.get_type_hints(m)["kind"])[0]: m for m in members}
     kind = tree.get("kind", next(iter(by_kind)))
     if not isinstance(kind, str) or kind not in by_kind:
         problems.append(
-            f"{where}.kind: {kind!r} is not one of {', '.join(by_kind)}{_nearest(str(kind), by_kind)}"
+            f"{where}.kind: {_SHORT.repr(kind)} is not one of {', '.join(by_kind)}{_nearest(_cut(kind), by_kind)}"
         )
         return None
     return parse(by_kind[kind], tree, problems, where)
@@ -164,10 +140,20 @@ def _parse_scalar(hint: Any, value: Any, problems: list[str], where: str) -> Any
             return float(value)  # YAML 1.1 reads 1e-3 as a string
         except (ValueError, OverflowError):
             pass
+    elif hint is str and isinstance(value, str):
+        if _is_text(value):
+            return value
+        problems.append(f"{where}: {_SHORT.repr(value)} is not text that a file can hold; write it again")
+        return None
     elif type(value) is hint:
         return value
-    problems.append(f"{where}: expected {hint.__name__}, found {value!r}")
+    problems.append(f"{where}: expected {hint.__name__}, found {_SHORT.repr(value)}")
     return None
+
+
+def _is_text(value: str) -> bool:
+    """No name of a file, and of no use elsewhere: a NUL, and half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
@@ -183,8 +169,8 @@ def apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> 
             return
         tree = child
     try:
-        tree[key] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+        tree[key] = parse_yaml(text)
+    except ValueError:
         tree[key] = text
     if (sections, key) == (["model"], "size"):
         # It must win over the keys that the file gives; overrides of these come after it.
@@ -193,7 +179,12 @@ def apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> 
 
 
 def _join(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)
+    return f"{where}.{_cut(key)}" if where else _cut(key)
+
+
+def _cut(key: Any) -> str:
+    text = str(key)
+    return text if len(text) <= _LONGEST_KEY else f"{text[:_LONGEST_KEY]}..."
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -49,6 +49,22 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class StabilityConfig:
+    """What becomes of a step whose loss or gradient norm is not finite, or a spike.
+
+    `stop` ends the run; `skip` leaves out its update; `roll_back` goes back to the newest checkpoint and then
+    leaves out the data of the last steps up to it (PaLM, section 5.1).
+    """
+
+    on_non_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    on_spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
+    spike_deviations: float = 6.0  # a spike is as many standard deviations above the mean ...
+    spike_history_steps: int = 128  # ... of so many steps before it, at least half of which there must be
+    roll_back_data_steps: int = 100  # of which the data are left out, if the checkpoint is as old
+    most_per_1000_steps: int = 10  # such steps; one more ends the run
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How the ranks share the work; data-parallel ranks are world size / (tensor x pipeline)."""
 
@@ -116,8 +132,9 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class WatchingConfig:
-    """What a run tells others. The command runs by the shell on rank 0 and reads PGM_SCALE_EVENT (started, resumed,
-    finished, preempted, non_finite, hung, straggler, failed, crash_loop), _RUN, _STEP and _MESSAGE."""
+    """What a run tells others. The command runs by the shell on rank 0 and reads PGM_SCALE_EVENT (started,
+    resumed, finished, preempted, skipped, rolled_back, unstable, hung, straggler, failed, crash_loop), _RUN, _STEP
+    and _MESSAGE."""
 
     alert_command: str | None = None  # keep secrets out of it: it can read them from the environment
     # A rank's own seconds over those of its peers; one that is above it in three records in a row is named.
@@ -134,6 +151,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=PGMObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -23,7 +23,7 @@ from pgm_scale.convert.plain import plain, tokenizer_json
 from pgm_scale.convert.torch_file import named_tensors, open_torch_file
 from pgm_scale.errors import UserError
 from pgm_scale.export.folder import new_folder
-from pgm_scale.files import commit, temporary_name
+from pgm_scale.files import commit, read_bounded, temporary_name
 
 _CONFIG_NAME, _SAFETENSORS_NAME, _BIN_NAME = "config.json", "model.safetensors", "pytorch_model.bin"
 _LISTED = 8
@@ -93,7 +93,7 @@ def _read_vq(path: Path, content: Mapping[Any, Any]) -> ForeignCheckpoint:
 
 def _read_hugging_face(folder: Path) -> ForeignCheckpoint:
     try:
-        config = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads(read_bounded(folder / _CONFIG_NAME))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"cannot read {folder / _CONFIG_NAME} ({type(error).__name__}); give a folder of config.json and "

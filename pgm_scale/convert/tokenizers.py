@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgm_scale.convert.checkpoint import ForeignCheckpoint
 from pgm_scale.data.manifest import TOKENIZER_NAME
 from pgm_scale.errors import UserError
+from pgm_scale.files import read_bounded
 from pgm_scale.vq_tokenizer import VQTokenizer
 
 
@@ -49,7 +49,7 @@ def companion(
         if given is None:
             path.write_bytes(checkpoint.tokenizer_json or b"")
         else:
-            shutil.copyfile(given, path)
+            path.write_bytes(read_bounded(given))
     except OSError as error:
         raise UserError(f"cannot read --tokenizer {given}: {error.strerror}; give a tokenizer.json") from None
     name = Path(given).name if given is not None else f"the one inside {checkpoint.path.name}"

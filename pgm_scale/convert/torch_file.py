@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pgm_scale.convert.restricted_pickle import PLAIN_BUILDERS, Builders, PickleError, Record, load
 from pgm_scale.errors import UserError
+from pgm_scale.files import check_regular
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
@@ -61,6 +62,7 @@ def open_torch_file(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:

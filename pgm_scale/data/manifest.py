@@ -1,33 +1,41 @@
 """`dataset.json`: what one split folder holds, and the hash of every shard in it.
 
 A split folder is `{dataset.json, tokenizer.json, shards...}`. The manifest is written last, so a folder that
-has one is complete. Its bytes are a function of its fields alone.
+has one is complete. Its bytes are a function of its fields alone, and one of them is the SHA-256 of the others:
+a flipped digit of `mask_id` would be valid JSON. Files of format version 1 lack it and are still read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from pgm_scale.data import strict_json
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes
 
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.json"
 VQ_WEIGHTS_NAME = "vq.safetensors"  # beside the tokenizer.json of image codes, which holds its SHA-256
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_UNHASHED_VERSION = 1
 
 TokenDtype = Literal["uint8", "uint16", "uint32"]
 ShardFormat = Literal["mds", "tar"]
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LARGEST_COUNT = 2**53  # beyond it other programs would read another number
+LARGEST_VOCABULARY = 2**24  # far above any: a wild id must not become an embedding of terabytes
+_SHOWN = 4
 
 
 def token_dtype_for(vocabulary_size: int) -> TokenDtype:
@@ -107,7 +115,7 @@ class DatasetManifest:
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         if self.images is None:
             del content["images"]
-        return json.dumps(content, sort_keys=True, indent=2) + "\n"
+        return json.dumps(content | {"sha256": _content_sha256(content)}, sort_keys=True, indent=2) + "\n"
 
     def save(self, split_folder: str | Path) -> Path:
         """Write `dataset.json` into `split_folder`, whole or not at all."""
@@ -117,15 +125,19 @@ class DatasetManifest:
 
     @classmethod
     def load(cls, split_folder: str | Path) -> DatasetManifest:
-        """Read `dataset.json` of a local split folder and see that every shard it names is there.
+        """Read `dataset.json` of a local split folder and see that every shard it names is there, of its size.
 
         Raises:
             UserError: no manifest, a manifest that is garbled, contradicts itself or is of another version,
-                or the names of all shards that are absent.
+                or the names of the shards that are absent or have another size.
         """
         folder = Path(split_folder)
         path = folder / MANIFEST_NAME
         try:
+            if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+                raise UserError(
+                    f"{path}: not a plain file; give a split folder written by `pgm-scale prepare`"
+                )
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
@@ -135,29 +147,27 @@ class DatasetManifest:
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8 text; prepare the dataset again") from None
         manifest = cls.from_json(text, str(path))
-        absent = [shard.name for shard in manifest.shards if not (folder / shard.name).is_file()]
-        if absent:
-            raise UserError(
-                f"{folder}: {len(absent)} of {len(manifest.shards)} shards are missing: {', '.join(absent)}; "
-                "copy them back or prepare the dataset again"
-            )
+        _check_files(folder, manifest.shards)
         return manifest
 
     @classmethod
     def from_json(cls, text: str, where: str) -> DatasetManifest:
         """Parse the text of a manifest; `where` names it in the `UserError`."""
         try:
-            content = json.loads(text)
+            content = strict_json.loads(text)
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON ({error}); prepare the dataset again") from None
         if not isinstance(content, dict):
             raise UserError(f"{where}: expected a JSON object; prepare the dataset again")
-        version = content.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        version = content.get("format_version")
+        if type(version) is not int or version not in (FORMAT_VERSION, _UNHASHED_VERSION):
             raise UserError(
-                f"{where}: format_version {version!r}, but this program reads {FORMAT_VERSION}; "
+                f"{where}: format_version {_short(version)}, but this program reads {FORMAT_VERSION}; "
                 "prepare the dataset again or use the version of pgm-scale that wrote it"
             )
+        written = content.pop("sha256", None) if version == FORMAT_VERSION else None
+        found = _content_sha256(content)
+        del content["format_version"]
         try:
             manifest = cls(
                 **content
@@ -172,8 +182,11 @@ class DatasetManifest:
             raise UserError(f"{where}: {error} is missing; prepare the dataset again") from None
         except TypeError as error:
             raise UserError(f"{where}: {_plain(error)}; prepare the dataset again") from None
+        if version == FORMAT_VERSION and not problems and written != found:
+            problems.append("it is not what was written: its sha256 is of other content; copy it again")
         if problems:
-            raise UserError(f"{where}: {'; '.join(problems)}; prepare the dataset again")
+            more = f"; and {len(problems) - _SHOWN} more problems" if len(problems) > _SHOWN else ""
+            raise UserError(f"{where}: {'; '.join(problems[:_SHOWN])}{more}; prepare the dataset again")
         return manifest
 
     def differences(self, other: DatasetManifest, *, same_data: bool = False) -> list[str]:
@@ -190,6 +203,32 @@ class DatasetManifest:
         lines = [f"{name}: {mine[name]} != {theirs[name]}" for name in names if mine[name] != theirs[name]]
         lines += image_differences(self.images, other.images)
         return lines + (_shard_differences(self.shards, other.shards) if same_data else [])
+
+
+def _content_sha256(content: dict[str, Any]) -> str:
+    """Of the values, whatever white space is between them."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_files(folder: Path, shards: tuple[Shard, ...]) -> None:
+    """Absent and cut files are told before the first step; which bytes are in them, when they are opened."""
+    absent, wrong = [], []
+    for shard in shards:
+        try:
+            found = (folder / shard.name).stat()
+        except OSError:
+            absent.append(shard.name)
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            wrong.append(f"{shard.name} is not a plain file")
+        elif found.st_size != shard.bytes:
+            wrong.append(f"{shard.name} has {found.st_size} bytes instead of {shard.bytes}")
+    of = f"of {len(shards)} shards are"
+    problems = [f"{len(absent)} {of} missing: {', '.join(absent)}"] if absent else []
+    problems += [f"{len(wrong)} {of} not as written: {', '.join(wrong)}"] if wrong else []
+    if problems:
+        raise UserError(f"{folder}: {'; '.join(problems)}; copy them back or prepare the dataset again")
 
 
 def _value_of(manifest: DatasetManifest, name: str) -> Any:
@@ -243,8 +282,10 @@ def _problems(manifest: DatasetManifest) -> list[str]:
         problems.append(f"token_dtype {manifest.token_dtype!r} does not fit {vocabulary.size} tokens")
     for name in ("mask_id", "bos_id", "eos_id", "pad_id"):
         token = getattr(vocabulary, name)
-        if token is not None and not 0 <= token < vocabulary.size:
-            problems.append(f"vocabulary.{name} {token} is not below the size {vocabulary.size}")
+        if token is None and name == "pad_id":
+            continue
+        if type(token) is not int or not 0 <= token < vocabulary.size:
+            problems.append(f"vocabulary.{name} {_short(token)} is no id below the size {vocabulary.size}")
     names = [shard.name for shard in manifest.shards]
     if not names:
         problems.append("it names no shards")
@@ -252,13 +293,36 @@ def _problems(manifest: DatasetManifest) -> list[str]:
         problems.append("a shard is named twice")
     problems += [f"bad shard name {name!r}" for name in names if not _SHARD_NAME.fullmatch(name)]
     problems += [f"bad sha256 of {s.name}" for s in manifest.shards if not _SHA256.fullmatch(s.sha256)]
+    problems += _text_problems(manifest)
+    row_bytes = np.dtype(manifest.token_dtype).itemsize * manifest.length_tokens
+    problems += [
+        f"{s.name} of {s.bytes} bytes cannot hold {s.rows} rows of {row_bytes} bytes"
+        for s in manifest.shards
+        if s.bytes < s.rows * row_bytes
+    ]
     if manifest.rows != sum(manifest.rows_per_shard):
         problems.append(f"rows {manifest.rows}, but its shards have {sum(manifest.rows_per_shard)}")
     return problems
 
 
+def _text_problems(manifest: DatasetManifest) -> list[str]:
+    problems = [
+        f"{name} is {_short(value)}, not text"
+        for name, value in (("split", manifest.split), ("packing", manifest.packing))
+        if not isinstance(value, str)
+    ]
+    if not isinstance(manifest.source, dict):
+        problems.append("source is not a JSON object")
+    if not _SHA256.fullmatch(manifest.tokenizer_sha256):
+        problems.append("bad tokenizer_sha256")
+    return problems
+
+
 def _image_content(tree: dict[str, Any] | None) -> ImageContent | None:
-    return None if tree is None else ImageContent(**tree | {"class_names": tuple(tree["class_names"])})
+    if tree is None:
+        return None
+    names = tree["class_names"]
+    return ImageContent(**tree | {"class_names": tuple(names) if isinstance(names, list) else ()})
 
 
 def _image_problems(manifest: DatasetManifest) -> list[str]:
@@ -286,7 +350,7 @@ def _image_problems(manifest: DatasetManifest) -> list[str]:
 
 
 def _number_problems(manifest: DatasetManifest) -> list[str]:
-    """Counts that are not integers of at least 1; ids are compared with the size by the caller."""
+    """Counts that are no sensible positive integers; ids are compared with the size by the caller."""
     counts = {"vocabulary.size": manifest.vocabulary.size, "length_tokens": manifest.length_tokens}
     counts |= {"rows": manifest.rows, "tokens": manifest.tokens, "documents": manifest.documents}
     if manifest.images is not None:
@@ -294,11 +358,20 @@ def _number_problems(manifest: DatasetManifest) -> list[str]:
         counts |= {f"images.{name}": getattr(manifest.images, name) for name in names}
     for shard in manifest.shards:
         counts |= {f"{shard.name}.rows": shard.rows, f"{shard.name}.bytes": shard.bytes}
-    return [
-        f"{name} is {value!r}, not a positive integer"
+    problems = [
+        f"{name} is {_short(value)}, not a positive integer below 2**53"
         for name, value in counts.items()
-        if type(value) is not int or value < 1
+        if type(value) is not int or not 1 <= value <= _LARGEST_COUNT
     ]
+    if not problems and manifest.vocabulary.size > LARGEST_VOCABULARY:
+        problems.append(f"vocabulary.size {manifest.vocabulary.size} is above {LARGEST_VOCABULARY}")
+    return problems
+
+
+def _short(value: Any) -> str:
+    """A value of any type for a line: a number may have thousands of digits."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _plain(error: TypeError) -> str:

@@ -30,14 +30,28 @@ def step_sample_numbers(
     return np.arange(start, start + micro_batch, dtype=np.int64)
 
 
+def data_step(step: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """The step whose data `step` is trained on: the `step`-th, from 0, of those in none of the ranges."""
+    for first, last in left_out:
+        if step >= first:
+            step += last - first + 1
+    return step
+
+
 @dataclass(frozen=True)
 class BatchPlan:
-    """One rank's share of the global batch, in sequences."""
+    """One rank's share of the global batch, in sequences.
+
+    Attributes:
+        left_out: ranges of steps whose data are not trained on, from the first to the last, ascending and disjoint:
+            a step takes the data of the one after them.
+    """
 
     global_batch_sequences: int
     micro_batch_sequences: int
     data_rank: int = 0
     data_ranks: int = 1
+    left_out: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         assert 0 <= self.data_rank < self.data_ranks
@@ -52,7 +66,7 @@ class BatchPlan:
         """int64 [micro_batch_sequences]; see `step_sample_numbers`."""
         assert 0 <= micro_step < self.micro_steps
         return step_sample_numbers(
-            step,
+            data_step(step, self.left_out),
             micro_step,
             self.data_rank,
             self.data_ranks,
@@ -119,5 +133,8 @@ class GlobalOrder:
 
     def _permutation(self, count: int, epoch: int, block: int, purpose: int) -> np.ndarray:
         """By sorting the raw words of a counter-based generator, which no numpy release changes."""
-        generator = np.random.Philox(key=[self._seed, _ORDER_KEY], counter=[0, epoch, block, purpose])
+        key = np.array(
+            [self._seed, _ORDER_KEY], np.uint64
+        )  # of a list, a seed from 2**63 on would be rounded
+        generator = np.random.Philox(key=key, counter=[0, epoch, block, purpose])
         return np.argsort(generator.random_raw(count), kind="stable")

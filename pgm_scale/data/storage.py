@@ -8,16 +8,15 @@ every run: streaming itself would serve a cached shard that once failed its hash
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterator
+import os
+import stat
 from pathlib import Path
 from urllib.parse import urlparse
 
+from pgm_scale.data.fetching import delete, fetch, locked, remote_names
 from pgm_scale.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -26,10 +25,9 @@ from pgm_scale.data.manifest import (
     Shard,
 )
 from pgm_scale.errors import UserError
-from pgm_scale.files import commit, sha256_file, temporary_name
+from pgm_scale.files import sha256_file
 
 REMOTE_SCHEMES = ("s3", "gs")
-DOWNLOAD_TIMEOUT_S = 30.0  # without a byte; the store's client itself retries, five times for S3
 
 _log = logging.getLogger(__name__)
 
@@ -98,25 +96,28 @@ class SplitStorage:
             if fault:
                 raise UserError(f"{path}: {fault}; copy the file again or prepare the dataset again")
             return path
-        with _locked(self._folder / f".{name}.lock"):
+        with locked(self._folder / f".{name}.lock"):
             for fetches_left in (2, 1, 0):
                 fault = _fault(path, sha256, size_bytes)
                 if fault is None:
                     return path
-                if path.exists():
+                if os.path.lexists(path):
                     _log.warning("%s: %s; deleting it", path, fault)
-                    path.unlink()
+                    delete(path)
                 if fetches_left:
-                    self._fetch(name)
+                    fetch(f"{self.split}/{name}", path)
         raise UserError(f"{self.split}/{name}: {fault}, fetched twice; upload the file again")
 
     def _remote_manifest(self) -> DatasetManifest:
         """Fetched anew by every run: what lies at a URL may have been replaced."""
-        with _locked(self._folder / f".{MANIFEST_NAME}.lock"):
-            self._fetch(MANIFEST_NAME)
-            text = (self._folder / MANIFEST_NAME).read_bytes().decode(errors="replace")
+        with locked(self._folder / f".{MANIFEST_NAME}.lock"):
+            fetch(f"{self.split}/{MANIFEST_NAME}", self._folder / MANIFEST_NAME)
+            try:
+                text = (self._folder / MANIFEST_NAME).read_bytes().decode()
+            except UnicodeDecodeError:
+                raise UserError(f"{self.split}/{MANIFEST_NAME}: not UTF-8 text; upload it again") from None
         manifest = DatasetManifest.from_json(text, f"{self.split}/{MANIFEST_NAME}")
-        names = _remote_names(self.split)
+        names = remote_names(self.split)
         absent = [s.name for s in manifest.shards if names is not None and s.name not in names]
         if absent:
             raise UserError(
@@ -124,23 +125,6 @@ class SplitStorage:
                 f"{', '.join(absent)}; upload them"
             )
         return manifest
-
-    def _fetch(self, name: str) -> None:
-        """Download `name` into the cache, replacing what is there. The caller holds the file's lock."""
-        from streaming.base.storage import CloudDownloader
-
-        url, path = f"{self.split}/{name}", self._folder / name
-        temporary = temporary_name(path)
-        temporary.unlink(missing_ok=True)  # the downloader keeps a file that exists
-        try:
-            CloudDownloader.direct_download(url, str(temporary), DOWNLOAD_TIMEOUT_S)
-            commit(temporary, path)
-        except Exception as error:  # the stores' clients share no base class
-            reason = getattr(error, "last_exception", error)  # of boto3's "Max Retries Exceeded"
-            raise UserError(
-                f"{url}: cannot be fetched ({type(reason).__name__}: {_first_line(reason)}); "
-                "check the address, the credentials and the room in data.cache_folder"
-            ) from error
 
 
 def open_splits(
@@ -174,36 +158,13 @@ def _weights_sha256(tokenizer_path: Path) -> str:
 def _fault(path: Path, sha256: str, size_bytes: int | None) -> str | None:
     """Why the file is not the one described, or None."""
     try:
-        found_bytes = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a FIFO would wait for ever
+            return "not a plain file"
+        found_bytes = found.st_size
         if size_bytes is not None and found_bytes != size_bytes:
             return f"corrupt: {found_bytes} bytes instead of {size_bytes}"
-        found = sha256_file(path)
+        digest = sha256_file(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if found == sha256 else f"corrupt: SHA-256 {found} instead of {sha256}"
-
-
-def _remote_names(url: str) -> set[str] | None:
-    """Names in a remote folder, or None where listing is not allowed; then a missing shard is found late."""
-    from streaming.base.storage import CloudUploader
-
-    try:
-        uploader = CloudUploader.get(url)  # the part of streaming that can list; it makes a scratch folder
-        shutil.rmtree(uploader.local, ignore_errors=True)
-        prefix = urlparse(url).path.strip("/") + "/"
-        return {key.removeprefix(prefix) for key in uploader.list_objects("")}
-    except Exception as error:  # the stores' clients share no base class
-        _log.warning("%s: cannot be listed (%s); missing shards are not known yet", url, _first_line(error))
-        return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An exclusive lock between the processes of a node; it ends with the process that holds it."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return None if digest == sha256 else f"corrupt: SHA-256 {digest} instead of {sha256}"

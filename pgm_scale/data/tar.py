@@ -57,22 +57,47 @@ def read_tar(path: Path, shard: Shard, manifest: DatasetManifest) -> ShardRows:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     members = _MEMBERS if manifest.images is not None else _MEMBERS[:2]
-    _check_members(path, [f"{n:06d}.{m}" for n in range(-(-shard.rows // CHUNK_ROWS)) for m in members])
+    _check_members(path, _expected_members(shard.rows, manifest, members))
     with open(path, "rb") as stream:
         files = tar_file_expander([{"url": str(path), "stream": stream}])
         chunks = [[npy_loads(sample[member]) for member in members] for sample in group_by_keys(files)]
     return ShardRows(*(np.concatenate(arrays) for arrays in zip(*chunks, strict=True)))
 
 
-def _check_members(path: Path, expected: list[str]) -> None:
-    """The archive's members must be exactly the expected ones, in their order."""
+_Expected = tuple[str, tuple[int, ...]]  # a member's name and the shape of its array
+
+
+def _expected_members(rows: int, manifest: DatasetManifest, members: tuple[str, ...]) -> list[_Expected]:
+    expected: list[_Expected] = []
+    for chunk, start in enumerate(range(0, rows, CHUNK_ROWS)):
+        count = min(CHUNK_ROWS, rows - start)
+        for member in members:
+            shape = (count, manifest.length_tokens) if member == "tokens.npy" else (count,)
+            expected.append((f"{chunk:06d}.{member}", shape))
+    return expected
+
+
+def _check_members(path: Path, expected: list[_Expected]) -> None:
+    """The archive's members must be exactly the expected ones, in their order, with arrays of these shapes.
+
+    numpy would otherwise allocate whatever shape a header claims.
+    """
     found = 0
     with tarfile.open(path, "r:") as archive:
         for member in archive:
             if not member.isreg():
                 raise ValueError(f"its member {member.name!r} is not a plain file")
-            if found >= len(expected) or member.name != expected[found]:
+            if found >= len(expected) or member.name != expected[found][0]:
                 raise ValueError(f"its member {found} is {member.name!r}, which no token shard has there")
+            content = archive.extractfile(member)
+            assert content is not None
+            if np.lib.format.read_magic(content) != (1, 0):
+                raise ValueError(f"its member {member.name!r} is of another version of npy")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+            if shape != expected[found][1] or dtype.hasobject:
+                raise ValueError(
+                    f"its member {member.name!r} is {dtype}{list(shape)}, not {list(expected[found][1])}"
+                )
             found += 1
     if found < len(expected):
         raise ValueError(f"it ends after {found} of {len(expected)} members")

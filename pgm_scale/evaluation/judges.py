@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from pgm_scale.data.manifest import Vocabulary
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.extra import require
-from pgm_scale.files import sha256_file
+from pgm_scale.files import read_bounded, sha256_file
 from pgm_scale.loading import load
 from pgm_scale.model_folder import CONFIG_NAME, MODEL_TYPE
 from pgm_scale.models.autoregressive import AutoregressiveTransformer
@@ -85,7 +85,7 @@ def _is_ours(folder: Path) -> bool:
     if RunFolder(folder).identity_path.is_file():
         return True
     try:
-        tree = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        tree = json.loads(read_bounded(folder / CONFIG_NAME))
     except (OSError, ValueError):
         return False
     return isinstance(tree, dict) and tree.get("model_type") == MODEL_TYPE

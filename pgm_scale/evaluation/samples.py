@@ -15,7 +15,7 @@ import torch
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.progress import track
-from pgm_scale.files import sha256_file
+from pgm_scale.files import check_regular, sha256_file
 from pgm_scale.sampling import known_prefixes, sample
 from pgm_scale.trained_model import TrainedModel
 
@@ -109,7 +109,10 @@ def read_samples(path: str, trained: TrainedModel) -> SampleSet:
         UserError: it is no array of integers `[rows, length]`, or not of this model's tokens.
     """
     try:
-        tokens_BL = np.load(path, allow_pickle=False)
+        check_regular(path)
+        tokens_BL = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # so it allocates nothing that a header claims
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(
             f"cannot read --samples-file {path}: {error}; give an int array in .npy of `pgm-scale sample`"

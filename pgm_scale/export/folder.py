@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -64,9 +65,37 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     check_free(folder)
     staged = temporary_name(folder.absolute())
+    with _alone_in(staged, folder):
+        yield from _filled(staged, folder)
+
+
+@contextmanager
+def _alone_in(staged: Path, folder: Path) -> Iterator[None]:
+    """Two commands that write one folder would mix their files; the lock ends with its process.
+
+    Raises:
+        UserError: another one is at it.
+    """
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
+        staged.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another place") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(staged)):
+            raise FileNotFoundError  # it has just got its name
+        yield
+    except (BlockingIOError, FileNotFoundError):
+        raise UserError(f"{folder}: another command is writing it; wait for it, or give another") from None
+    finally:
+        os.close(descriptor)
+
+
+def _filled(staged: Path, folder: Path) -> Iterator[Path]:
+    try:
+        for left in staged.iterdir():  # of one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield staged
         mode = 0o666 & ~_umask()  # safetensors gives its files to their owner alone
         for path in staged.iterdir():

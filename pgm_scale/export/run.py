@@ -18,6 +18,7 @@ from pgm_scale.errors import UserError
 from pgm_scale.export.card import CardFacts, model_card
 from pgm_scale.export.folder import MAX_SHARD_BYTES, check_free, write_model_folder
 from pgm_scale.export.parity import ROWS, LogitDifference, probe_logits
+from pgm_scale.files import read_bounded
 from pgm_scale.model_folder import is_model_folder, load_folder
 from pgm_scale.run_folder import RunFolder, load_run
 from pgm_scale.trained_model import TrainedModel, Weights
@@ -131,8 +132,8 @@ def _evaluation(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = json.loads(read_bounded(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--metrics {path}: {error}; give a JSON file of `pgm-scale eval`") from None
     if not isinstance(tree, dict):
         raise UserError(f"--metrics {path}: not a JSON object; give a JSON file of `pgm-scale eval`")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from pgm_scale.parallel.host_device import megatron_device
 from pgm_scale.parallel.inference import called_for_inference
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
-from pgm_scale.parallel.optimizer import build_adamw, clip_in_update
+from pgm_scale.parallel.optimizer import build_adamw, guard_update
 from pgm_scale.parallel.state import (
     ParameterState,
     find_state,
@@ -74,7 +74,8 @@ class Engine:
         settings = deepspeed_config(config, mesh)
         updates_on = torch.device("cpu") if config.parallel.offload_optimizer else mesh.device
         optimizer = build_adamw(model.parameters(), config.optimizer, updates_on)
-        clip_in_update(optimizer, config.optimizer.gradient_clip_norm, self._norm_of_update)
+        clip_norm = config.optimizer.gradient_clip_norm
+        guard_update(optimizer, clip_norm, self._norm_of_update, self._may_update)
         self._engine = initialize(model, optimizer, settings, mesh)
         self._optimizer = optimizer
         self._stage = None
@@ -84,6 +85,9 @@ class Engine:
             self._stage = PipelineStage(self.module, mesh, weight_dtype(config, mesh), layers)
         self.state: list[ParameterState] = find_state(self._engine, optimizer, self.zero_stage, mesh)
         self.gradient_norm = math.nan
+        self.updates = 0  # Adam's count
+        self._accepts: Callable[[float], bool] = math.isfinite
+        self._accepted: bool | None = None  # whether the update under way is; None: not known yet
 
     @classmethod
     def build(
@@ -153,21 +157,35 @@ class Engine:
             if is_shared(name):
                 dist.all_reduce(summed_gradient(zero, parameter), group=self._groups.pipeline)
 
-    def step(self, learning_rate: float) -> bool:
-        """Clip and update, after `forward_backward`. False: the gradient was not finite.
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] = math.isfinite) -> bool:
+        """Clip and update, after `forward_backward`; the gradients are gone afterwards.
 
-        No rank applies an update with a non-finite gradient; `gradient_norm` is then not finite.
+        Args:
+            accepts: says, of the finite norm of the whole gradient, whether to update with it; equal on all ranks.
+
+        Returns:
+            False if it did not, or the gradient was not finite (as `gradient_norm` then is): no rank has changed
+            anything.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        self._accepts, self._accepted = accepts, None
         if self.zero_stage == 0:
             self.gradient_norm = self._norm_of_replicated()
-            if not math.isfinite(self.gradient_norm):
-                return False
         self._engine.step()
         if self.zero_stage > 0:
-            self.gradient_norm = self._norm_of_update()
-        return math.isfinite(self.gradient_norm) and self.gradient_norm >= 0
+            norm = self._norm_of_update()
+            self.gradient_norm = norm if norm >= 0 else math.nan  # DeepSpeed's -1 is "not finite"
+        updated = bool(self._accepted)  # never asked where DeepSpeed itself has refused
+        self.updates += updated
+        return updated
+
+    def _may_update(self) -> bool:
+        """Asked by every part of an update (ZeRO-3 has several), answered once."""
+        if self._accepted is None:
+            norm = self._norm_of_update()
+            self._accepted = math.isfinite(norm) and norm >= 0 and self._accepts(norm)
+        return self._accepted
 
     def _norm_of_update(self) -> float:
         """Of the gradients that DeepSpeed updates with; not finite, or negative, if it refuses them."""
@@ -227,6 +245,7 @@ class Engine:
 
     def restore_updates(self, updates: int) -> None:
         """Set Adam's count of updates, after `state` was written to from a checkpoint."""
+        self.updates = updates
         for entry in self.state:
             entry.step.fill_(updates)
         for group in self._optimizer.param_groups:

@@ -33,8 +33,23 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read torchrun's variables, else those of a Slurm job step, else be the only process.
 
     Raises:
-        UserError: the variables of one launcher are incomplete or not numbers.
+        UserError: the variables of one launcher are incomplete, or their numbers cannot be.
     """
+    launch = _found(environment)
+    wrong = [
+        f"rank {launch.rank} of {launch.world_size}" if not 0 <= launch.rank < launch.world_size else "",
+        f"local rank {launch.local_rank}" if launch.local_rank < 0 else "",
+        f"port {launch.master_port}" if not 0 < launch.master_port < 1 << 16 else "",
+    ]
+    if any(wrong):
+        raise UserError(
+            f"the launcher's environment says {', '.join(filter(None, wrong))}, which cannot be; start with torchrun, "
+            "with srun, or alone"
+        )
+    return launch
+
+
+def _found(environment: Mapping[str, str]) -> Launch:
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
             return Launch(

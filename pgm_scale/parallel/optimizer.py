@@ -40,24 +40,34 @@ def build_adamw(
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
-def clip_in_update(
-    optimizer: torch.optim.Optimizer, max_norm: float, global_norm: Callable[[], float]
+def guard_update(
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    global_norm: Callable[[], float],
+    accepts: Callable[[], bool],
 ) -> None:
-    """Clip gradients to `max_norm` in the pass that updates the weights, which saves one over all gradients.
+    """Update only if `accepts()`, and clip gradients to `max_norm` in the same pass, which saves one over them.
+
+    Refused, neither weights nor moments nor the count of updates change; whoever called the update goes on as after
+    one, so that it clears the gradients. `global_norm` is finite where an update is accepted.
 
     Torch's fused kernel divides by `grad_scale`, meant for mixed precision; Apex's has no such argument, so its
-    gradients are divided before it. `global_norm` is asked at each update, which it must be finite for.
+    gradients are divided before it.
     """
+    update = optimizer.step
 
-    def clip(*_: Any) -> None:
+    def step(*_: Any) -> None:
+        if not accepts():
+            return
         divisor = max(1.0, (global_norm() + 1e-6) / max_norm)
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.grad_scale = torch.tensor(divisor) if divisor > 1.0 else None  # type: ignore[attr-defined]
         elif divisor > 1.0:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
             torch._foreach_div_(gradients, divisor)
+        update()
 
-    optimizer.register_step_pre_hook(clip)
+    optimizer.step = step  # type: ignore[assignment]
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

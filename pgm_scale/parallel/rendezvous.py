@@ -154,7 +154,16 @@ def _tcp_store(launch: Launch, timeout_s: float, is_master: bool) -> dist.TCPSto
 
 
 def _enter(store: dist.Store, me: Member, world_size: int) -> None:
-    """Write down who this rank is. Raises: UserError: another process has written itself down under it."""
+    """Write down who this rank is. Raises: UserError: another process has written itself down under it, or
+    the ranks were told of different numbers of ranks."""
+    first = store.compare_set("world size", "", str(world_size)).decode()
+    if first != str(world_size):
+        outcome = (
+            f"rank {me.rank} ({me}) was told of {world_size} ranks, and another rank of {first}: give all processes "
+            "the same WORLD_SIZE, or, if these are two runs, each its own MASTER_PORT"
+        )
+        store.compare_set("outcome", "", outcome)
+        raise UserError(outcome)
     ours = json.dumps(dataclasses.asdict(me))
     found = store.compare_set(_key(me.rank), "", ours).decode()
     if found != ours:

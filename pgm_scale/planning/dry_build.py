@@ -31,6 +31,7 @@ from pgm_scale.tensor_slices import TensorSlice
 
 # How far the sum over units may be from a trace of their stage, as a share of all that the rank holds.
 MEMORY_TOLERANCE = 0.02
+_NEGLIGIBLE_BYTES = 1 << 26  # of a tiny model a few tensors of a step are more than the tolerance
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,10 @@ class _Builder:
             if number and sent != expected:
                 yield f"stage {number}: is sent {sent}, expects {expected}"
             sent = shape
-            error = _memory_error(stage, footprint) / rank_memory(self.workload, self.layout, stage).total
+            wrong_bytes = _memory_error(stage, footprint)
+            error = wrong_bytes / rank_memory(self.workload, self.layout, stage).total
             errors.append(error)
-            if error > MEMORY_TOLERANCE:
+            if error > MEMORY_TOLERANCE and wrong_bytes > _NEGLIGIBLE_BYTES:
                 yield f"stage {number}: activations are {error:.1%} of its memory off the predicted ones"
 
     def _passes(

@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from pgm_scale.config import RunConfig
-from pgm_scale.data.storage import SplitStorage, is_remote, open_splits
+from pgm_scale.data.storage import open_splits
 from pgm_scale.errors import UserError
 from pgm_scale.preflight.rows import Row
 from pgm_scale.preflight.setup import setup_problems
 
 _TO_DO = "if other nodes see it, mount it or copy it to this one"
-_SHOWN = 4
 
 
 def data_rows(config: RunConfig, judges_setup: bool) -> Iterator[Row]:
@@ -25,8 +24,6 @@ def data_rows(config: RunConfig, judges_setup: bool) -> Iterator[Row]:
     problems: list[str] = []
     data = config.data
     splits = open_splits(data.train, data.validation, data.cache_folder, problems)
-    for split in splits:
-        problems += _wrong_sizes(split)
     for problem in problems:
         yield Row("data", problem, "bad", _TO_DO)
     if not problems:
@@ -35,19 +32,6 @@ def data_rows(config: RunConfig, judges_setup: bool) -> Iterator[Row]:
     if judges_setup:
         for problem in setup_problems(config, splits):
             yield Row("configuration", problem, "bad")
-
-
-def _wrong_sizes(split: SplitStorage) -> list[str]:
-    """At most one line for a split: of thousands of shards a few names are enough."""
-    if is_remote(split.split):
-        return []
-    wrong = []
-    for shard in split.manifest.shards:
-        size_bytes = (Path(split.split) / shard.name).stat().st_size
-        if size_bytes != shard.bytes:
-            wrong.append(f"{shard.name} has {size_bytes} bytes, not {shard.bytes}")
-    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    return [f"{split.split}: {'; '.join(wrong[:_SHOWN])}{more}"] if wrong else []
 
 
 def hash_rows(config: RunConfig, turn: int, turns: int, progress: Callable[[str], None]) -> Iterator[Row]:

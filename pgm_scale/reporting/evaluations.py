@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pgm_scale.errors import UserError
+from pgm_scale.files import read_bounded
 from pgm_scale.reporting.metrics_file import number
 from pgm_scale.reporting.training_runs import TrainingRun, differing, flatten, short_names
 
@@ -83,7 +84,7 @@ def settings_key(point: Evaluation) -> str:
 
 def _read(path: str) -> list[dict[str, Any]]:
     try:
-        return _rows(json.loads(Path(path).read_bytes()))
+        return _rows(json.loads(read_bounded(path)))
     except OSError as error:
         raise UserError(f"--eval {path}: cannot be read ({error.strerror}); give a JSON file") from None
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pgm_scale.errors import UserError
+from pgm_scale.files import read_bounded
+
+_MOST_BYTES = 1 << 32
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -17,7 +20,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         UserError: the file is missing, or one of its whole lines is no record: the line is named.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = read_bounded(path, _MOST_BYTES).split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run") from None
     records: dict[int, dict[str, Any]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from pgm_scale.config.parsing import read_yaml
+from pgm_scale.config import read_yaml
 from pgm_scale.errors import UserError
 from pgm_scale.reporting.metrics_file import number, read_metrics
 from pgm_scale.run_folder import RunFolder

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pgm_scale.errors import UserError
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.files import atomic_write_bytes, read_bounded
 from pgm_scale.image_pixels import UnreadableImage, crops, decode
 from pgm_scale.sampling import UNKNOWN
 from pgm_scale.vq_tokenizer import VQTokenizer
@@ -28,7 +28,7 @@ def read_image(path: str | Path, side: int, channels: int) -> np.ndarray:
         UserError: not an image that can be read.
     """
     try:
-        image = decode(Path(path).read_bytes(), channels)
+        image = decode(read_bounded(path), channels)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an image file") from None
     except UnreadableImage as error:

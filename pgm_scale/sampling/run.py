@@ -12,6 +12,7 @@ import torch
 
 from pgm_scale.config import SamplerConfig
 from pgm_scale.errors import UserError
+from pgm_scale.files import check_regular
 from pgm_scale.loading import load, read_images
 from pgm_scale.sampling import SAMPLERS, SampleResult, fitting_sampler, sample
 from pgm_scale.sampling.request import SampleRequest, check_choice_temperature, parse_quirks, refuse_options
@@ -100,7 +101,10 @@ def _sampler(run: TrainedModel, request: SampleRequest) -> SamplerConfig:
 
 def _known_tokens(path: str) -> np.ndarray:
     try:
-        known_BL = np.load(path, allow_pickle=False)
+        check_regular(path)
+        known_BL = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # so it allocates nothing that a header claims
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}; give an int array in .npy") from None
     if not isinstance(known_BL, np.ndarray) or not np.issubdtype(known_BL.dtype, np.integer):

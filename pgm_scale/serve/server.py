@@ -12,6 +12,7 @@ import uvicorn
 
 from pgm_scale.errors import UserError
 from pgm_scale.serve.app import create_app
+from pgm_scale.serve.connections import Connection
 from pgm_scale.serve.service import Service
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def make_server(service: Service, **options: Any) -> Server:
         log_level="warning",
         access_log=False,
         lifespan="on",
+        http=Connection,
+        ws="none",
         # Streams and answers get a little longer than the engine, whose last word they pass on.
         timeout_graceful_shutdown=int(service.settings.grace_s) + 5,
         **options,

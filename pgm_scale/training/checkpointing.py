@@ -12,6 +12,7 @@ import torch
 from pgm_scale.checkpoint.fragments import Fragment, Kind
 from pgm_scale.checkpoint.reader import Wanted
 from pgm_scale.checkpoint.store import CheckpointStore
+from pgm_scale.errors import UserError
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.state import ParameterState
 from pgm_scale.training.ema import ExponentialMovingAverage
@@ -28,7 +29,6 @@ class Checkpointer:
         self.store = store
         self.engine = engine
         self.ema = ema
-        self.optimizer_start_step = 0  # before whose update the moments were zero
         self.seconds = 0.0  # that saves have held up training, since it was last set to 0
         self.save_s = 0.0  # of the longest save so far, from its start to its commit
 
@@ -73,16 +73,15 @@ class Checkpointer:
             **state,
             "step": step,
             "ema_updates": self.ema.updates if self.ema is not None else 0,
-            "optimizer_updates": step - self.optimizer_start_step,
+            "optimizer_updates": self.engine.updates,
         }
 
-    def reset_optimizer(self, step: int) -> None:
-        """Moments and count of updates as at the start of a run, before the update of `step`."""
+    def reset_optimizer(self) -> None:
+        """Moments and count of updates as at the start of a run."""
         for entry in self.engine.state:
             entry.exp_avg.zero_()
             entry.exp_avg_sq.zero_()
         self.engine.restore_updates(0)
-        self.optimizer_start_step = step
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -101,6 +100,11 @@ class Checkpointer:
             kinds.append("ema")
         values = self.store.read(step, self._wanted(kinds))
         state = self.store.state(step)
+        counts = [state.get("ema_updates"), state.get("step"), state.get("optimizer_updates", 0)]
+        if counts[1] != step or not all(type(count) is int and count >= 0 for count in counts):
+            raise UserError(
+                f"{self.store.folders.of(step)}: its state is not that of step {step}; use another step"
+            )
         with torch.no_grad():
             for index, entry in enumerate(self.engine.state):
                 for kind, target in self._targets(index).items():
@@ -108,9 +112,8 @@ class Checkpointer:
                     target.copy_(values[source, entry.name][0])
         if self.ema is not None:
             self.ema.updates = state["ema_updates"]
-        updates = state.get("optimizer_updates", state["step"])  # of older checkpoints they are the same
-        self.optimizer_start_step = state["step"] - updates
-        self.engine.restore_updates(updates)
+        # Of older checkpoints they are the same.
+        self.engine.restore_updates(state.get("optimizer_updates", state["step"]))
         self.engine.refresh_weights()
         return state
 

@@ -40,8 +40,7 @@ class Distillation:
         """
         self.config, self.objective, self.checkpointer = config, objective, checkpointer
         self.teacher = objective.teacher = teacher
-        if not self.starts_at(first_step):
-            self._restore(first_step // config.round_steps * config.round_steps)
+        self.resume(first_step)
 
     @classmethod
     def of(
@@ -59,6 +58,15 @@ class Distillation:
             return None
         teacher = FrozenModel.build(config, vocab_size, length, checkpointer.engine.mesh, stage_units)
         return cls(objective.config, objective, teacher, checkpointer, first_step)
+
+    def resume(self, step: int) -> None:
+        """Collective: get back the teacher of the round in which the run goes on at `step`.
+
+        Raises:
+            UserError: the checkpoint that holds it is gone or bad.
+        """
+        if not self.starts_at(step):  # else `begin_step` takes it
+            self._restore(self.round_of(step) * self.config.round_steps)
 
     def starts_at(self, step: int) -> bool:
         """Whether a round starts there: a run must have a checkpoint of it."""
@@ -88,7 +96,7 @@ class Distillation:
             return line
         checkpointer.wait_until_copied()
         if self.config.reset_optimizer:
-            checkpointer.reset_optimizer(step)
+            checkpointer.reset_optimizer()
         if self.config.reset_ema and ema is not None:
             ema.restart()
         return line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from contextlib import ExitStack, nullcontext
@@ -18,7 +19,7 @@ from pgm_scale.config import RunConfig, SDTTObjectiveConfig, VQModelConfig, caut
 from pgm_scale.data.loader import BatchStream, TokenLoader
 from pgm_scale.data.order import BatchPlan, GlobalOrder
 from pgm_scale.data.storage import SplitStorage, open_splits
-from pgm_scale.errors import NonFiniteError, Preempted, UserError
+from pgm_scale.errors import Preempted, UnstableError, UserError
 from pgm_scale.evaluation.time_buckets import TimeBuckets
 from pgm_scale.evaluation.validation import (
     validate,
@@ -43,8 +44,10 @@ from pgm_scale.training.codebook_usage import CodebookUsage, usage_metrics
 from pgm_scale.training.content import content_problems
 from pgm_scale.training.distillation import Distillation, first_teacher
 from pgm_scale.training.ema import ExponentialMovingAverage
+from pgm_scale.training.same_run import check_same_on_all_ranks
 from pgm_scale.training.samples import write_validation_samples
 from pgm_scale.training.signals import JobEnd, StopFlag
+from pgm_scale.training.stability import Instability, Stability
 from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, training_step
 from pgm_scale.training.tracking import NoTracker, Tracker, open_tracker
 from pgm_scale.training.weight_source import WeightSource
@@ -61,7 +64,7 @@ def train(config: RunConfig, launch: Launch, stop: StopFlag) -> None:
     Raises:
         UserError: the configuration does not fit the launch, the data, or the run that is in the folder.
         Preempted: a signal stopped the run after a save.
-        NonFiniteError: see `training_step`.
+        UnstableError: a step must not be learnt from, and the run's policy is to stop.
         HungRankError: a rank hangs or is dead; it is named.
     """
     problems = layout_problems(config, launch.world_size)
@@ -81,7 +84,9 @@ def train(config: RunConfig, launch: Launch, stop: StopFlag) -> None:
         watch = stack.enter_context(RunWatch(config, launch.rank, launch.world_size))
         hangs = RunFolder(config.folder).hangs_path
         mesh = stack.enter_context(connected(launch, config.parallel.timeout_s, hangs, watch.hung))
-        Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress).first(lock.acquire)
+        peers = Peers(mesh.rank, mesh.world_size, mesh.gather, mesh.progress)
+        peers.first(lock.acquire)
+        check_same_on_all_ranks(config, train_split.manifest, validation_split.manifest, peers, lock)
         train_on_mesh(config, mesh, train_split, validation_split, stop, lock, watch)
 
 
@@ -145,6 +150,7 @@ class TrainingRun:
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.engine.state, decay) if decay > 0 else None
         self.checkpointer = Checkpointer(store, self.engine, self.ema)
+        self.stability = Stability(config.stability, folder.roll_backs_path)
         self.validation_loader = validation_loader(validation_split)
         self.first_step = self._resume(initial)
         self.distillation = Distillation.of(
@@ -162,10 +168,9 @@ class TrainingRun:
         store.peers.first(self._open_outputs)
         self.job_end = JobEnd()
         self.throughput = metrics.Throughput()
-        self.buckets, self.codebook = TimeBuckets(), CodebookUsage()
         self.stragglers = StragglerReport(self.engine.module, mesh, config.watching.slow_rank_ratio)
-        self._fingerprint = 0
         self._losses: list[float] = []
+        self._start_record()
         self._tokens_per_step = config.training.global_batch_sequences * identity.length_tokens
         # Backward costs twice the forward (PaLM, appendix B).
         self._flops_per_token = 3 * forward_flops_per_token(
@@ -202,11 +207,14 @@ class TrainingRun:
     def _resume(self, initial: WeightSource | None) -> int:
         step = self.store.newest_verified()
         if step is not None:
-            self.checkpointer.restore(step)
+            self._restore(step)
         elif initial is not None:
             self.checkpointer.initialize(initial)
             self._save(0)
         return step or 0
+
+    def _restore(self, step: int) -> None:
+        self.stability.restore(self.checkpointer.restore(step).get("stability"))
 
     def _open_outputs(self) -> None:
         self.file = metrics.MetricsFile(self.folder.metrics_path, self.first_step)
@@ -218,7 +226,7 @@ class TrainingRun:
             stack.callback(self._close)
             try:
                 self._loop(stop)
-            except NonFiniteError:  # on all ranks, so they can still commit what was good before
+            except UnstableError:  # on all ranks, so they can still commit what was good before
                 try:
                     self._finish_save()
                 except UserError as error:
@@ -239,33 +247,78 @@ class TrainingRun:
         elif self.first_step:
             self.console.say(f"resumed from the checkpoint of step {self.first_step}")
         self.watch.opened(self.identity.run_id, self.first_step)
-        with self._stream() as stream:
-            self.throughput.restart()
-            for step in range(self.first_step, config.training.steps):
-                if self.distillation is not None:
-                    begun = self.distillation.begin_step(step)
-                    if begun is not None:
-                        self.console.say(begun)
-                result = training_step(
-                    step,
-                    self.engine,
-                    self.objective,
-                    stream,
-                    self.ema,
-                    config,
-                    self.mesh,
-                    self.checkpointer,
-                    stop.signal_name is not None,
-                    self.mesh.is_main and self.job_end.is_too_near(self.checkpointer.save_s),
-                )
-                self._after_step(step + 1, result, stream)
-                if result.agreed.stop_requested and step + 1 < config.training.steps:
-                    raise Preempted(
-                        f"stopped by a signal after step {step + 1}, which is saved in {self.folder.path}; "
-                        "run the same command to go on"
-                    )
+        step = self.first_step
+        while step < config.training.steps:
+            with self._stream(step) as stream:
+                step = self._train(step, stream, stop)
 
-    def _stream(self) -> BatchStream[MicroBatch]:
+    def _train(self, first_step: int, stream: BatchStream[MicroBatch], stop: StopFlag) -> int:
+        """Train to the end, or to a step that makes the run roll back: the step to go on with."""
+        config = self.config
+        self.throughput.restart()
+        for step in range(first_step, config.training.steps):
+            if self.distillation is not None:
+                begun = self.distillation.begin_step(step)
+                if begun is not None:
+                    self.console.say(begun)
+            result = training_step(
+                step,
+                self.engine,
+                self.objective,
+                stream,
+                self.ema,
+                config,
+                self.mesh,
+                self.checkpointer,
+                self.stability,
+                stop.signal_name is not None,
+                self.mesh.is_main and self.job_end.is_too_near(self.checkpointer.save_s),
+            )
+            if result.instability is not None:
+                if self.stability.action(step, result.instability) == "roll_back":
+                    return self._roll_back(step, result.instability)
+                self._skip(step, result.instability)
+            self._after_step(step + 1, result, stream)
+            if result.agreed.stop_requested and step + 1 < config.training.steps:
+                raise Preempted(
+                    f"stopped by a signal after step {step + 1}, which is saved in {self.folder.path}; "
+                    "run the same command to go on"
+                )
+        return config.training.steps
+
+    def _skip(self, step: int, found: Instability) -> None:
+        self.stability.skipped_steps.append(step)
+        line = f"skipped the update of step {step}: {found.reason} on {found.where}"
+        self.console.say(f"warning: {line}")
+        self.watch.unstable("skipped", step, line)
+
+    def _roll_back(self, step: int, found: Instability) -> int:
+        """To the newest checkpoint; the data up to `step` are left out. Returns the checkpoint's step."""
+        self._finish_save()
+        newest = self.store.newest_verified()
+        if newest is None:
+            raise UnstableError(
+                f"{found.reason} at step {step} on {found.where}, and there is no checkpoint to roll back to; "
+                "lower checkpoint.interval_steps, or look at these samples"
+            )
+        back = self.stability.roll_back(step, newest, f"{found.reason} on {found.where}")
+        self.store.peers.first(self.stability.write)  # before anything is trained on the data after it
+        self._restore(newest)
+        if self.distillation is not None:
+            self.distillation.resume(newest)
+        if self.file is not None:
+            self.file.rewind(newest)
+        self._start_record()
+        first, last = back.data_steps
+        line = (
+            f"rolled back from step {step} to the checkpoint of step {newest}: {back.reason}; the data of steps "
+            f"{first} to {last} are left out"
+        )
+        self.console.say(f"warning: {line}")
+        self.watch.unstable("rolled_back", newest, line)
+        return newest
+
+    def _stream(self, first_step: int) -> BatchStream[MicroBatch]:
         config, mesh = self.config, self.mesh
         rows = self.train_split.manifest.rows_per_shard
         order = GlobalOrder(rows, config.training.seed, config.data.shuffle_block_shards)
@@ -274,12 +327,13 @@ class TrainingRun:
             config.training.micro_batch_sequences,
             mesh.data_rank,
             mesh.data_ranks,
+            self.stability.left_out,
         )
         draws = DrawSpec(config.training.seed, config.training.global_batch_sequences)
         return BatchStream(
             TokenLoader(self.train_split, order),
             plan,
-            start_step=self.first_step,
+            start_step=first_step,
             stop_step=config.training.steps,
             transform=lambda batch: prepare_micro_batch(self.objective, batch, draws),
         )
@@ -289,12 +343,13 @@ class TrainingRun:
         config = self.config
         last = step == config.training.steps
         self.throughput.tokens += self._tokens_per_step
-        self._losses.append(result.loss)
         self._fingerprint += result.fingerprint
-        self.watch.step(step, result.loss)
-        for terms in result.terms:
-            self.buckets.add(terms)
-            self.codebook.add(terms)
+        if result.instability is None:
+            self._losses.append(result.loss)
+            self.watch.step(step, result.loss)
+            for terms in result.terms:
+                self.buckets.add(terms)
+                self.codebook.add(terms)
         self.console.step(step)
         validates = last or step % config.validation.interval_steps == 0
         saves = last or result.agreed.stop_requested or step % config.checkpoint.interval_steps == 0
@@ -307,6 +362,8 @@ class TrainingRun:
         if saves and result.agreed.too_late_to_save:
             self._refuse_save(step)
         if result.agreed.stop_requested:
+            if not validates:  # what ends a job that is slow to stop takes no record with it
+                self._write(record)
             self._save(step)  # first, as the scheduler may not wait for a validation
         if validates:
             try:
@@ -315,7 +372,7 @@ class TrainingRun:
             except UserError:  # on all ranks, see `Engine.evaluation`
                 self._finish_save()
                 raise
-        if records:
+        if records and (validates or not result.agreed.stop_requested):
             self._write(record)
         if (
             saves and not result.agreed.stop_requested
@@ -336,7 +393,7 @@ class TrainingRun:
             "step": step,
             "samples": step * self.config.training.global_batch_sequences,
             "loss": result.loss,
-            "loss_mean": float(np.mean(self._losses)),
+            "loss_mean": float(np.mean(self._losses)) if self._losses else math.nan,
             "learning_rate": result.learning_rate,
             "gradient_norm": result.gradient_norm,
             "tokens_per_second": speed,
@@ -353,20 +410,24 @@ class TrainingRun:
             record |= straggler.record()
         if news := self.watch.slow(step, straggler):
             self.console.say(news)
+        record |= self.stability.record()
         if self.distillation is not None:
             record["round"] = self.distillation.round_of(step - 1)
         stream.data_wait_s = 0.0
         self.checkpointer.seconds = 0.0
+        self._start_record()
+        return record
+
+    def _start_record(self) -> None:
         self.buckets, self.codebook = TimeBuckets(), CodebookUsage()
         self._losses.clear()
+        self._fingerprint = 0
         self.throughput.restart()
-        return record
 
     def _data_record(self, result: StepResult) -> dict[str, Any]:
         """What identifies the data of the steps since the last record, and the samples of the newest one."""
         # Each rank's is below MODULUS, so that the sum is exact.
         total = self.mesh.sum(np.array([self._fingerprint % MODULUS], np.float64))[0]
-        self._fingerprint = 0
         numbers = self.mesh.gather_numbers(np.array(result.sample_numbers))
         return {
             "data_fingerprint": int(total) % MODULUS,
@@ -398,7 +459,7 @@ class TrainingRun:
     def _save(self, step: int, in_background: bool = False) -> None:
         self._finish_save()
         self._check_lock()
-        state = {"run_id": self.identity.run_id}
+        state = {"run_id": self.identity.run_id, "stability": self.stability.state()}
         if in_background:
             self.checkpointer.start(step, state)
         else:

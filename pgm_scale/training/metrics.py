@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pgm_scale.files import atomic_write_bytes, finite
+
+logger = logging.getLogger(__name__)
 
 # Dense bf16 FLOP/s from NVIDIA's data sheets, by a part of the device's name (of the SXM modules).
 _PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100-SXM": 312e12, "A100-PCIE": 312e12}
@@ -38,21 +43,41 @@ class MetricsFile:
     """`metrics.jsonl`: appended and flushed record by record, cut back to the checkpoint on a resume."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Drop records after `first_step` finished steps: the resumed run will write them again."""
-        kept = []
+        self._path = path
+        self._open(first_step)
+
+    def rewind(self, first_step: int) -> None:
+        """Drop records after `first_step` finished steps: the run writes them again."""
+        self.close()
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        path, kept = self._path, []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().splitlines():
                 try:
                     if json.loads(line)["step"] <= first_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
+                        kept.append(line + b"\n")
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # the last line of a killed run may be cut
-        atomic_write_bytes(path, "".join(kept).encode())
-        self._file = path.open("a", encoding="utf-8")
+        atomic_write_bytes(path, b"".join(kept))
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(finite(record)) + "\n")
-        self._file.flush()
+        """Append a record. What cannot be written (a full disk) is kept and tried again with the next one."""
+        was_full = bool(self._unwritten)
+        self._unwritten += json.dumps(finite(record)).encode() + b"\n"
+        size_bytes = self._file.seek(0, os.SEEK_END)
+        try:
+            done_bytes = self._file.write(self._unwritten)
+            if done_bytes != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = b""
+        except OSError as error:
+            self._file.truncate(size_bytes)  # no half line, for those who read it meanwhile
+            if not was_full:
+                logger.warning("%s cannot be written (%s); its records are kept", self._path, error.strerror)
 
     def close(self) -> None:
         self._file.close()

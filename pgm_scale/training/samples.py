@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import partial
 from math import ceil, sqrt
 
@@ -11,9 +13,12 @@ from torch import nn
 
 from pgm_scale.checkpoint.peers import Peers
 from pgm_scale.config import RunConfig
+from pgm_scale.errors import UserError
 from pgm_scale.run_folder import RunFolder, RunIdentity
 from pgm_scale.sampling import class_count, fitting_sampler, known_prefixes, sample
 from pgm_scale.sampling.output import load_tokenizer, write_samples
+
+logger = logging.getLogger(__name__)
 
 
 def write_validation_samples(
@@ -27,8 +32,8 @@ def write_validation_samples(
 ) -> None:
     """`validation.samples` texts, or images of the classes in turn, as `samples/step_<step>.txt` or `.png`.
 
-    Collective: all ranks generate the same samples (ZeRO-3 needs them all), the first one writes them, and all
-    hear of its failure. A run on pixels trains a VQ tokenizer, which generates nothing.
+    Collective: all ranks generate the same samples (ZeRO-3 needs them all), the first one writes them, and warns
+    if it cannot. A run on pixels trains a VQ tokenizer, which generates nothing.
     """
     if identity.images is not None and identity.images.tokens == "pixels":
         return
@@ -45,7 +50,15 @@ def write_validation_samples(
         device=device,
     )
     write = _write_texts if identity.images is None else partial(_write_images, device=device)
-    peers.first(lambda: write(result.tokens_BL, folder, step))
+    peers.first(lambda: _try(lambda: write(result.tokens_BL, folder, step), step))
+
+
+def _try(write: Callable[[], None], step: int) -> None:
+    """They are for people to look at: no disk that is full of them ends a training."""
+    try:
+        write()
+    except (OSError, UserError) as error:
+        logger.warning("the samples of step %d are not written (%s); training goes on", step, error)
 
 
 def _write_texts(tokens_BL: np.ndarray, folder: RunFolder, step: int) -> None:

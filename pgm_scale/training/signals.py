@@ -12,10 +12,16 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Self
 
-# Slurm and cloud schedulers send TERM; submitit and `sbatch --signal` send USR2; INT is a person's Ctrl-C.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+# Slurm and cloud schedulers send TERM; submitit and `sbatch --signal` send USR2; INT is a person's Ctrl-C, and HUP a
+# terminal that was closed, unless `nohup` has it ignored.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _SAVE_FACTOR, _SAVE_MARGIN_S = 1.5, 5.0  # a save may take so much longer than the longest before it
 _OVERTIME_S = 300.0  # more than a scheduler takes to end a job whose time is over
+
+
+def answered_signals() -> list[signal.Signals]:
+    """`STOP_SIGNALS`, without the hang-up where it is ignored."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class StopFlag:
@@ -29,12 +35,26 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self.answers_interrupts = False
+        self.was_interrupted = False  # by Ctrl-C, which has raised KeyboardInterrupt
+        self._answers_interrupts = False
         self._previous: dict[int, object] = {}
         self._blocked: set[int] = set()
 
+    @property
+    def answers_interrupts(self) -> bool:
+        return self._answers_interrupts
+
+    @answers_interrupts.setter
+    def answers_interrupts(self, answers: bool) -> None:
+        """Raises: KeyboardInterrupt: it was raised before, and lost in a library that catches all while it is
+        imported, and may now be half there.
+        """
+        self._answers_interrupts = answers
+        if self.was_interrupted:
+            raise KeyboardInterrupt
+
     def __enter__(self) -> Self:
-        for number in STOP_SIGNALS:
+        for number in answered_signals():
             self._previous[number] = signal.signal(number, self._on_signal)
         self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
@@ -57,6 +77,7 @@ class StopFlag:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and not self.answers_interrupts:
+            self.was_interrupted = True
             raise KeyboardInterrupt
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name

@@ -12,14 +12,15 @@ import torch
 
 from pgm_scale.config import RunConfig
 from pgm_scale.data.batch import TokenBatch
-from pgm_scale.errors import NonFiniteError
 from pgm_scale.objectives.base import DrawSpec, LossTerms, Objective
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.parallel.micro_step import MicroStep
 from pgm_scale.parallel.optimizer import learning_rate
 from pgm_scale.training.checkpointing import Checkpointer
+from pgm_scale.training.diagnosis import have_bad_gradients
 from pgm_scale.training.ema import ExponentialMovingAverage
+from pgm_scale.training.stability import Instability, Stability
 from pgm_scale.watching.fingerprint import fingerprint
 
 
@@ -63,6 +64,7 @@ class StepResult:
     """Global values of one step, equal on all ranks, and this rank's terms (last stage) and data for the log.
 
     Attributes:
+        instability: why the step was not learnt from: no rank has updated anything; else None.
         fingerprint: of this rank's sequences, see `watching.fingerprint`.
         sample_numbers: the lowest and the highest of this rank's.
     """
@@ -72,6 +74,7 @@ class StepResult:
     gradient_norm: float
     learning_rate: float
     agreed: Agreement
+    instability: Instability | None
     terms: list[LossTerms]
     fingerprint: int
     sample_numbers: tuple[int, int]
@@ -86,14 +89,11 @@ def training_step(
     config: RunConfig,
     mesh: Mesh,
     checkpointer: Checkpointer,
+    stability: Stability,
     stop_requested: bool,
     too_late_to_save: bool = False,
 ) -> StepResult:
-    """Update the weights with the mean loss over the scored tokens of the global batch.
-
-    Raises:
-        NonFiniteError: on every rank, naming the step, the ranks and their samples; no weight has changed.
-    """
+    """Update the weights with the mean loss over the scored tokens of the global batch, if it is sane."""
     mesh.progress(f"reading the data of step {step}", step)
     batches = [next(micro_batches) for _ in range(engine.micro_steps)]
     scored_tokens = float(mesh.sum(np.array([sum(b.scored_tokens for b in batches)], np.float64))[0])
@@ -117,27 +117,53 @@ def training_step(
         call = objective.call(inputs)
         return MicroStep(call.arguments, call.readout, begin, loss)
 
-    engine.forward_backward(
-        micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches)
-    )
+    def micro_steps() -> Iterator[MicroStep]:
+        return (micro_step(number, batch.inputs.to(mesh.device)) for number, batch in enumerate(batches))
+
+    engine.forward_backward(micro_steps())
     loss = float(sum(losses))  # 0 on the stages of a pipeline that do not compute it
     saving = (checkpointer.is_writing, checkpointer.has_failed)
     flags = Agreement(not math.isfinite(loss), stop_requested, *saving, too_late_to_save)
     agreed = Agreement(*map(bool, mesh.any(np.array(flags, np.float64))))
-    if agreed.loss_not_finite:
-        _refuse_non_finite("loss", step, math.isfinite(loss), batches, mesh)
-    global_loss = float(mesh.sum(np.array([loss]))[0])
+    total = float(mesh.sum(np.array([loss]))[0])
+    global_loss = math.nan if agreed.loss_not_finite else total
     rate = learning_rate(config.optimizer, step, config.training.steps)
     checkpointer.wait_until_copied()
     mesh.progress(f"update of step {step}")
-    if not engine.step(rate):
-        _refuse_non_finite("gradient norm", step, True, batches, mesh)
+    instability = _update(engine, ema, global_loss, rate, stability, mesh)
+    if instability is not None:
+        bad = [not math.isfinite(share) for share in losses]
+        if instability.kind == "non_finite" and not agreed.loss_not_finite:
+            bad = have_bad_gradients(engine, micro_steps())
+        instability = instability._replace(where=_where(bad, batches, mesh))
+    norm, data = engine.gradient_norm, sum(batch.fingerprint for batch in batches)
+    span = _span(batches)
+    return StepResult(global_loss, int(scored_tokens), norm, rate, agreed, instability, kept, data, span)
+
+
+def _update(
+    engine: Engine,
+    ema: ExponentialMovingAverage | None,
+    loss: float,
+    rate: float,
+    stability: Stability,
+    mesh: Mesh,
+) -> Instability | None:
+    """Clip, update and average, on all ranks or on none; or why not."""
+    agreed_norm = math.nan
+
+    def accepts(norm: float) -> bool:
+        nonlocal agreed_norm
+        # Whether it is finite is the same everywhere, and so, for a spike, must its last bit be.
+        agreed_norm = float(mesh.any(np.array([norm]))[0]) if stability.watches_spikes else norm
+        return stability.judge(loss, agreed_norm) is None
+
+    if not engine.step(rate, accepts):
+        return stability.judge(loss, agreed_norm)
+    stability.learnt(loss, agreed_norm)
     if ema is not None:
         ema.update()
-    norm, data = engine.gradient_norm, sum(batch.fingerprint for batch in batches)
-    numbers = np.concatenate([batch.sample_numbers_B for batch in batches])
-    span = (int(numbers.min()), int(numbers.max()))
-    return StepResult(global_loss, int(scored_tokens), norm, rate, agreed, kept, data, span)
+    return None
 
 
 def seed_dropout(*coordinates: int) -> None:
@@ -146,14 +172,18 @@ def seed_dropout(*coordinates: int) -> None:
     torch.manual_seed(int(words[0]) >> 1)
 
 
-def _refuse_non_finite(
-    what: str, step: int, finite_here: bool, batches: list[MicroBatch], mesh: Mesh
-) -> None:
-    ranges = [f"{b.sample_numbers_B[0]} to {b.sample_numbers_B[-1]}" for b in batches]
-    reports = mesh.gather(None if finite_here else f"rank {mesh.rank} (samples {', '.join(ranges)})")
-    named = [report for report in reports if report is not None]
-    where = ", ".join(named) if named else f"all ranks (samples from {batches[0].sample_numbers_B[0]})"
-    raise NonFiniteError(
-        f"{what} is not finite at step {step} on {where}; no weights were changed by it and the last "
-        "checkpoint stands: look at these samples, or lower optimizer.learning_rate"
+def _span(batches: list[MicroBatch]) -> tuple[int, int]:
+    """The lowest and the highest sample number."""
+    numbers = np.concatenate([batch.sample_numbers_B for batch in batches])
+    return int(numbers.min()), int(numbers.max())
+
+
+def _where(bad: list[bool], batches: list[MicroBatch], mesh: Mesh) -> str:
+    """The ranks that have `bad` micro-batches, with their samples; all ranks if none has, or it cannot be told."""
+    spans = [_span([batch]) for batch, is_bad in zip(batches, bad, strict=False) if is_bad]
+    ranges = ", ".join(f"{low} to {high}" for low, high in spans)
+    reports = mesh.gather((f"rank {mesh.rank} (samples {ranges})" if spans else "", _span(batches)))
+    lowest, highest = min(low for _, (low, _) in reports), max(high for _, (_, high) in reports)
+    return (
+        ", ".join(report for report, _ in reports if report) or f"all ranks (samples {lowest} to {highest})"
     )

@@ -18,7 +18,17 @@ from pgm_scale.secrets import redact
 logger = logging.getLogger(__name__)
 
 Event = Literal[
-    "started", "resumed", "finished", "preempted", "non_finite", "hung", "straggler", "failed", "crash_loop"
+    "started",
+    "resumed",
+    "finished",
+    "preempted",
+    "skipped",
+    "rolled_back",
+    "unstable",
+    "hung",
+    "straggler",
+    "failed",
+    "crash_loop",
 ]
 TIMEOUT_S = 30.0
 _INTERVAL_S = 60.0  # between two alerts of the same event

@@ -37,7 +37,7 @@ class Heartbeat:
         timeout_s: `parallel.timeout_s`: a run that makes progress beats more often.
         restarts: sessions of this run before this one.
         job: Slurm's, with the index of an array.
-        exit_reason: how it ended, one line; of a failed run it starts with "non_finite: ", "hung: ", "error: " (as
+        exit_reason: how it ended, one line; of a failed run it starts with "unstable: ", "hung: ", "error: " (as
             the user was told) or "bug: ".
     """
 
@@ -114,6 +114,16 @@ def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
     if array:
         return f"{array}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
     return environment.get("SLURM_JOB_ID")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that died in `replace_file` have left of `path`, while no other can be in it.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+    """
+    for temporary in path.parent.glob(f".{path.name}.*.writing"):
+        temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pgm_scale.config import RunConfig
-from pgm_scale.errors import HungRankError, NonFiniteError, Preempted, UserError
+from pgm_scale.errors import HungRankError, Preempted, UnstableError, UserError
 from pgm_scale.holder import node_name
 from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.parallel.mesh import Mesh
@@ -32,6 +32,7 @@ from pgm_scale.watching.heartbeat import (
     Heartbeat,
     job_name,
     read_heartbeat,
+    remove_unfinished,
     replace_file,
 )
 from pgm_scale.watching.prometheus import PROMETHEUS_NAME, prometheus_text
@@ -85,6 +86,8 @@ class RunWatch:
             return mesh
         with contextlib.suppress(OSError):  # a write below will say it
             self._folder.mkdir(parents=True, exist_ok=True)
+            for name in (HEARTBEAT_NAME, PROMETHEUS_NAME):
+                remove_unfinished(self._folder / name)
         try:
             before = read_heartbeat(self._folder)
             if before is not None:  # how far the run is stands there also if this session is refused
@@ -150,6 +153,11 @@ class RunWatch:
             self._alerted_of = rank
         return line if is_news else None
 
+    def unstable(self, event: Event, step: int, message: str) -> None:
+        """A step was not learnt from, and the run goes on, with `step` updates finished."""
+        self._set(step=step)
+        self._alert(event, message)
+
     def hung(self, verdict: Verdict) -> None:
         """For the watchdog of the rank that judges, in a thread of its own: this process ends in some seconds."""
         if not self._begun:
@@ -179,8 +187,8 @@ class RunWatch:
             self._end("stopped:preempted", "", str(error), "preempted")
             self._alerts.wait(_SHORT_ALERT_S)
             return
-        elif isinstance(error, NonFiniteError):
-            self._end("failed", "non_finite", str(error), "non_finite")
+        elif isinstance(error, UnstableError):
+            self._end("failed", "unstable", str(error), "unstable")
         elif isinstance(error, HungRankError):
             self._end("failed", "hung", str(error), "hung")
         elif isinstance(error, UserError | KeyboardInterrupt | MemoryError):

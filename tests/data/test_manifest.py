@@ -60,6 +60,7 @@ def test_only_pixels_are_stored_as_bytes(split: Split, pixel_split: Split) -> No
         vocabulary=Vocabulary(18, 16, 17, 17, None),
         length_tokens=17,
         token_dtype="uint16",
+        shards=tuple(dataclasses.replace(s, bytes=3 * s.bytes) for s in pixel_split.manifest.shards),
     )
     assert DatasetManifest.from_json(codes.to_json(), "here") == codes
 
@@ -79,7 +80,7 @@ def test_no_manifest(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 3}, "format_version 3"),
         ({"format": "parquet"}, "neither mds nor tar"),
         ({"rows": 5}, "rows 5, but its shards have 432"),
         ({"token_dtype": "uint32"}, "does not fit 1001 tokens"),

@@ -195,7 +195,7 @@ def test_store_that_fails_twice_then_works(store: Store, split: Split, tmp_path)
 
 
 def test_store_that_hangs_times_out(store: Store, split: Split, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pgm_scale.data.storage.DOWNLOAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pgm_scale.data.fetching.DOWNLOAD_TIMEOUT_S", 0.2)
     released = threading.Event()
 
     def answer(method: str, path: str) -> Any:

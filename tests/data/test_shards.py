@@ -51,7 +51,7 @@ def test_a_label_without_a_class_and_a_shard_without_labels(pixel_split: Split) 
     shard = pixel_split.manifest.shards[0]
     images = dataclasses.replace(PIXELS, class_names=CLASS_NAMES[:2])
     fewer = dataclasses.replace(pixel_split.manifest, images=images)
-    with pytest.raises(UserError, match=r"shard-00000\.\w+: .*it has label 2 of 2 classes"):
+    with pytest.raises(UserError, match=r"shard-00000\.\w+: .*its row \d+ has label 2 of 2 classes"):
         read_shard(pixel_split.folder / shard.name, shard, fewer)
     tokens_RL, lengths_R = pixel_split.tokens[0], pixel_split.valid_lengths[0]
     format = pixel_split.manifest.format
@@ -212,7 +212,7 @@ def test_wrong_length_and_token_out_of_vocabulary(split: Split) -> None:
         read_shard(split.folder / shard.name, shard, longer)
     vocabulary = dataclasses.replace(split.manifest.vocabulary, size=500)
     smaller = dataclasses.replace(split.manifest, vocabulary=vocabulary)
-    with pytest.raises(UserError, match=r"it has token 999, the vocabulary ends at 500"):
+    with pytest.raises(UserError, match=r"its row \d+ has token \d+, the vocabulary ends at 500"):
         read_shard(split.folder / shard.name, shard, smaller)
 
 

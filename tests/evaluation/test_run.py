@@ -1,5 +1,6 @@
 """One evaluation: all parts in one result, each with what tells its numbers apart, and bad input in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from pgm_scale.cli import main
+from pgm_scale.data import DatasetManifest
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation import extra
 from pgm_scale.evaluation.completions import CompletionSettings
@@ -112,9 +114,7 @@ def test_bad_samples_are_refused(place: Path, tmp_path: Path, array: np.ndarray,
 
 def test_a_split_of_another_tokenizer_is_one_line(place: Path, tmp_path: Path) -> None:
     other = write_tiny_split(tmp_path / "other", 4, 0, "validation")
-    manifest = (other / "dataset.json").read_text()
-    digest = json.loads(manifest)["tokenizer_sha256"]
-    (other / "dataset.json").write_text(manifest.replace(digest, "0" * 64))
+    dataclasses.replace(DatasetManifest.load(other), tokenizer_sha256="0" * 64).save(other)
     with pytest.raises(UserError, match=r"does not fit .*: tokenizer: ") as caught:
         evaluate(request(place, splits=[str(place / "one"), str(other)]))
     assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.after import newest_step
 from ops.slurm_local.cluster import LocalSlurm
 from tests.slurm.jobs import (
     CLUSTER,
@@ -21,7 +22,7 @@ from tests.slurm.jobs import (
     training_words,
 )
 
-LAST_STEP, LONG = 100, 500  # the long one takes more than a minute with its start
+LAST_STEP, SAVE_INTERVAL = 100, 20
 TRACKED = "tracking.wandb=offline"
 pytestmark = pytest.mark.timeout(900)
 
@@ -69,36 +70,72 @@ def test_the_uninterrupted_run(reference: Path) -> None:
     assert_holds_no_secret(reference)
 
 
-def test_time_limit(cluster: Cluster, data: Path, folder: Path) -> None:
-    """Slurm looks every 30 s for jobs that near their end: USR2 comes a minute after the start, again and again."""
-    path, steps = folder / "minute.yaml", f"training.steps={LONG}"
+@pytest.mark.fault(11)
+def test_time_limit(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
+    """Slurm looks every 30 s for jobs that near their end: USR2 comes 30 to 60 s after the start, again and again.
+
+    The job takes longer than that.
+    """
+    path = folder / "minute.yaml"
     path.write_text(CLUSTER.read_text().replace("signal_before_s: 30", "signal_before_s: 60"))
-    uninterrupted = cluster.train(data, folder / "long-reference", steps)
-    uninterrupted.wait_until_finished()
-    job = cluster.train(data, folder / "limit", steps, TRACKED, "--cluster", str(path), "--time", "2")
+    job = cluster.train(data, folder / "limit", *slow(512), TRACKED, "--cluster", str(path), "--time", "2")
     job.wait_for_restarts(1, timeout_s=200)
-    assert 0 < job.step < LONG
-    finished(job, uninterrupted.run, timeout_s=800)
+    assert 0 < job.step < LAST_STEP
+    finished(job, reference, timeout_s=800)
     assert "stopped by a signal" in job.logs
-
-
-def test_plain_requeue(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
-    job = cluster.train(data, folder / "requeue", TRACKED)
-    job.wait_for_step(30)
-    cluster.slurm.run("scontrol", "requeue", job.id)
-    finished(job, reference)
-    assert job.restarts == 1
     assert len(tracker_runs(job.run)) == 1
 
 
-def test_the_same_signal_twice(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
-    job = cluster.train(data, folder / "twice")
-    job.wait_for_step(30)
+@pytest.mark.fault(12)
+@pytest.mark.fault(13)
+@pytest.mark.fault(14)
+@pytest.mark.fault(15)
+def test_one_job_through_signals_a_requeue_and_preemptions(
+    cluster: Cluster, data: Path, folder: Path, reference: Path
+) -> None:
+    """One after the other, and it is still the run that nothing has stopped.
+
+    The signal twice; a requeue without one; a job of a higher partition takes the nodes, of which the tasks are told
+    by SIGTERM, or by the signal that the job has asked for; what a killed task leaves behind is there at each start.
+    """
+    job = cluster.train(data, folder / "through", *slow(128), TRACKED)
+    (job.run / "jobs").mkdir(parents=True, exist_ok=True)
+    for task in range(4):
+        (job.run / "jobs" / f"{job.id}_{task}_result.save_tmp").touch()
+    job.wait_for_step(15)
     cluster.slurm.run("scancel", "--signal=USR2", job.id)
     cluster.slurm.run("scancel", "--signal=USR2", job.id)
-    finished(job, reference)
-    assert job.restarts == 1
+    job.wait_for_restarts(1)
     assert job.logs.count("requeued after exit code 75") == 1
+
+    wait_for_more_steps(job)
+    cluster.slurm.run("scontrol", "requeue", job.id)
+    job.wait_for_restarts(2)
+
+    for restart, sends_user_signal in ((3, False), (4, True)):
+        wait_for_more_steps(job)
+        cluster.slurm.signal_at_preemption(sends_user_signal)
+        cluster.slurm.submit(
+            "#!/bin/sh\n", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null"
+        )
+        job.wait_for_restarts(restart)
+        saved = newest_step(str(job.run))
+        assert saved >= job.step - SAVE_INTERVAL
+        assert f"stopped by a signal after step {saved}" in job.logs
+    cluster.slurm.signal_at_preemption(False)
+    finished(job, reference)
+    assert job.restarts == 4
+    assert len(tracker_runs(job.run)) == 1
+
+
+def slow(sequences: int) -> tuple[str, ...]:
+    """A validation after each step, which changes nothing in what is trained."""
+    return ("validation.interval_steps=1", f"validation.sequences={sequences}")
+
+
+def wait_for_more_steps(job: Job) -> None:
+    """Until the session that has been started trains."""
+    job.wait_for_step(job.step + 5)
 
 
 def test_sigterm_to_one_task(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
@@ -145,18 +182,6 @@ def test_node_down_and_back(cluster: Cluster, data: Path, folder: Path, referenc
     cluster.slurm.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     job.wait_for_state("PENDING")
     cluster.slurm.run("scontrol", "update", "NodeName=node2", "State=RESUME")
-    finished(job, reference)
-    assert job.restarts == 1
-
-
-def test_preemption(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
-    """A job of a higher partition takes the nodes; leftovers of a killed task do not hinder the next start."""
-    job = cluster.train(data, folder / "preempted")
-    job.wait_for_step(30)
-    (job.run / "jobs" / f"{job.id}_0_result.save_tmp").touch()
-    cluster.slurm.submit(
-        "#!/bin/bash\nsleep 3\n", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null"
-    )
     finished(job, reference)
     assert job.restarts == 1
 

@@ -12,7 +12,7 @@ from pgm_scale.checkpoint.fragments import KINDS
 from pgm_scale.checkpoint.store import CheckpointStore
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
-from pgm_scale.errors import NonFiniteError, UserError
+from pgm_scale.errors import UnstableError, UserError
 from pgm_scale.objectives.base import LossTerms
 from pgm_scale.objectives.pgm import PGMObjective
 from pgm_scale.parallel.mesh import Mesh
@@ -175,7 +175,7 @@ def _train_with_a_nan(mesh: Mesh, config: RunConfig) -> str:
     PGMObjective.terms = poisoned  # type: ignore[method-assign, assignment]
     try:
         _train(mesh, config)
-    except NonFiniteError as error:
+    except UnstableError as error:
         messages = mesh.gather(str(error))
         assert len(set(messages)) == 1
         return messages[0]

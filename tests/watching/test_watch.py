@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
-from pgm_scale.errors import HungRankError, NonFiniteError, Preempted, UserError
+from pgm_scale.errors import HungRankError, UnstableError, Preempted, UserError
 from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.parallel.launch import Launch, free_port
 from pgm_scale.parallel.mesh import Mesh, connected
@@ -68,7 +68,7 @@ def _session(mesh: Mesh, config: RunConfig, ending: str) -> list[dict[str, Any]]
     errors: dict[str, BaseException] = {
         "error": UserError("cannot go on:\n  disk full"),
         "bug": ValueError("a bug of ours"),
-        "non_finite": NonFiniteError("loss is not finite at step 3"),
+        "unstable": UnstableError("loss is not finite at step 3"),
         "hung": HungRankError("rank 1 is stopped"),
         "interrupted": KeyboardInterrupt(),
     }
@@ -146,7 +146,7 @@ def test_a_run_says_what_it_does_until_it_is_finished(data: Path, tmp_path: Path
     ("ending", "state", "reason", "event"),
     [
         ("preempted", "stopped:preempted", "stopped by a signal after step 4", "preempted 4"),
-        ("non_finite", "failed", "non_finite: loss is not finite at step 3", "non_finite 4"),
+        ("unstable", "failed", "unstable: loss is not finite at step 3", "unstable 4"),
         ("hung", "failed", "hung: rank 1 is stopped", "hung 4"),
         ("error", "failed", "error: cannot go on: disk full", "failed 4"),
         ("bug", "failed", "bug: ValueError: a bug of ours", "failed 4"),

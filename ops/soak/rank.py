@@ -1,0 +1,78 @@
+"""One rank of a session: the real command line, in a process that says where it is and may die by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from ops.soak.board import Board
+from pgm_scale.cli import main
+from pgm_scale.parallel.watchdog import Watchdog
+
+# Between two of these a crash cannot tell the difference.
+OPERATIONS = ("mkdir", "link", "fsync", "ftruncate", "rename", "replace", "unlink", "rmdir", "utime")
+
+
+def rank_main(
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    board_path: Path,
+    dies_at_operation: int | None,
+) -> None:
+    """Run `pgm-scale` with the arguments and exit with its code. A process group and session of its own, so that
+    whatever it starts can be found when it is dead."""
+    os.setsid()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with open(log, "a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    board = Board(board_path)
+    _announce_operations(board, dies_at_operation)
+    with patch.object(Watchdog, "progress", _announced(Watchdog.progress, board)):
+        code = main(arguments)
+    sys.exit(code)
+
+
+def _announced(progress: Callable[..., None], board: Board) -> Callable[..., None]:
+    def announced(self: Watchdog, what: str, step: int | None = None) -> None:
+        board.progress(what)
+        progress(self, what, step)
+
+    return announced
+
+
+def _announce_operations(board: Board, dies_at: int | None) -> None:
+    """Wrap `os`'s functions that change files; before the `dies_at`-th of them die by SIGKILL."""
+    count, counting = 0, threading.Lock()
+
+    def wrap(name: str) -> Callable[..., Any]:
+        original = getattr(os, name)
+
+        def wrapped(target: Any, *rest: Any, **options: Any) -> Any:
+            nonlocal count
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fsdecode(target)
+            with counting:
+                board.operation(f"{name} {os.path.basename(path)}", count)
+                if count == dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                    signal.pause()
+                count += 1
+            try:
+                return original(target, *rest, **options)
+            finally:
+                board.operation("", count)
+
+        return wrapped
+
+    for name in OPERATIONS:
+        setattr(os, name, wrap(name))

@@ -1,0 +1,248 @@
+"""Sessions of a run: real ranks, each a process, that are left alone, killed or told to stop.
+
+They are forked from a server that has imported the library once: a session then costs about a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from ops.soak.board import Board, Place
+from ops.soak.rank import rank_main
+from pgm_scale.parallel.launch import free_port
+
+_IMPORTED = (
+    "ops.soak.rank",
+    "pgm_scale.training.loop",
+    "pgm_scale.parallel.pipeline",
+    "pgm_scale.parallel.tensor_layers",
+    "megatron.core.parallel_state",
+    "pgm_scale.training.samples",
+)
+_POLL_S = 0.01
+_RESUMED = re.compile(r"resumed from the checkpoint of step (\d+)|nothing to do: step (\d+) of")
+_PREEMPTED = re.compile(r"stopped by a signal after step (\d+), which is saved")
+_TRAINED = re.compile(r"^step \d+/\d+ ", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to happen to a session.
+
+    Attributes:
+        what: left alone, SIGKILL, SIGTERM, or SIGTERM and SIGKILL `grace_s` later, as an impatient scheduler does.
+        rank: whom it hits; None: all at once (SIGTERM always hits one, the others must follow).
+        after_s: when, since the start.
+        at_operation: instead, when that rank (0 if all) is about to change a file for that time.
+    """
+
+    what: Literal["nothing", "kill", "terminate", "terminate and kill"] = "nothing"
+    rank: int | None = None
+    after_s: float = 0.0
+    at_operation: int | None = None
+    grace_s: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What became of a session.
+
+    Attributes:
+        exit_codes: of the ranks, -9 for one that was killed.
+        hit: whether the plan's signal found the session alive.
+        place: where the rank was that was hit (rank 0 if all).
+        first_step: what it resumed from, as it says itself; 0: it began anew; None: it did not come so far.
+        preempted_at: the step that it says it has saved after a signal.
+        leftovers: what processes it has left, which are ended then.
+        hung: it did not end in time, and was ended.
+    """
+
+    exit_codes: list[int]
+    life_s: float
+    start_s: float | None
+    hit: bool
+    place: Place | None
+    operations: list[int]
+    first_step: int | None
+    preempted_at: int | None
+    leftovers: list[str] = field(default_factory=list)
+    hung: bool = False
+    output: str = ""
+
+
+class Sessions:
+    """Starts sessions, one at a time; their logs are in `folder`, which is also their place for temporary files."""
+
+    def __init__(self, folder: Path, patience_s: float = 180.0) -> None:
+        self.folder, self._patience_s = folder, patience_s
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        self.count = 0
+        self.pids: set[int] = set()
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(_IMPORTED))
+        first = self._context.Process(target=_imported)
+        first.start()  # the server's imports take seconds, which would count as the first session's
+        first.join()
+
+    def step(self) -> int | None:
+        """The step that the session under way has begun; None before the first."""
+        found = re.search(r"step (\d+)", Board(self.folder / "board-rank-0").place().progress)
+        return int(found[1]) if found else None
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        plan: Plan | None = None,
+        while_running: Callable[[Sequence[int]], None] = lambda pids: None,
+    ) -> Outcome:
+        """A session of `pgm-scale` with the arguments on so many ranks, and what the plan does to it.
+
+        `while_running` is called with the ranks' process ids all the time, and must return soon.
+        """
+        plan = plan or Plan()
+        self.count += 1
+        session = _Session(self, arguments, ranks, plan)
+        session.start()
+        try:
+            session.watch(self._patience_s, while_running)
+        finally:
+            session.end()
+        return session.outcome()
+
+
+def _imported() -> None:
+    """For a process that only has the server start."""
+
+
+class _Session:
+    """One session, from its start to its end."""
+
+    def __init__(self, sessions: Sessions, arguments: Sequence[str], ranks: int, plan: Plan) -> None:
+        self._plan, self._ranks = plan, ranks
+        folder = sessions.folder
+        self._logs = [folder / f"session-rank-{rank}.log" for rank in range(ranks)]
+        board_paths = [folder / f"board-rank-{rank}" for rank in range(ranks)]
+        for path in [*self._logs, *board_paths]:
+            path.unlink(missing_ok=True)
+        self._boards = [Board(path) for path in board_paths]
+        self._processes: list[ForkServerProcess] = []
+        port = free_port()
+        for rank in range(ranks):
+            environment = {"TMPDIR": str(sessions.temporary), "OMP_NUM_THREADS": "1"}
+            if ranks > 1:
+                environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            dies_at = plan.at_operation if plan.what == "kill" and rank == (plan.rank or 0) else None
+            self._processes.append(
+                sessions._context.Process(
+                    target=rank_main,
+                    args=(arguments, environment, self._logs[rank], board_paths[rank], dies_at),
+                )
+            )
+        self._sessions = sessions
+        self._start_s: float | None = None
+        self._life_s = 0.0
+        self._hit = self._hung = False
+        self._place: Place | None = None
+        self._leftovers: list[str] = []
+
+    def start(self) -> None:
+        self._began_s = time.monotonic()
+        for process in self._processes:
+            process.start()
+            assert process.pid is not None
+            self._sessions.pids.add(process.pid)
+
+    def watch(self, patience_s: float, while_running: Callable[[Sequence[int]], None]) -> None:
+        """Until all ranks have ended; those that are still there `patience_s` after the hit are hung."""
+        plan, kill_s = self._plan, None
+        struck_s = None if plan.what == "nothing" else plan.after_s
+        deadline_s = None
+        while any(process.is_alive() for process in self._processes):
+            time.sleep(_POLL_S)
+            self._life_s = time.monotonic() - self._began_s
+            if self._start_s is None and self._boards[0].place().progress.startswith("reading the data"):
+                self._start_s = self._life_s
+            if plan.what == "kill" and plan.at_operation is not None:
+                if not self._hit and not self._processes[plan.rank or 0].is_alive():
+                    self._strike(signal.SIGKILL)
+                    deadline_s = self._life_s + patience_s
+            elif struck_s is not None and self._life_s >= struck_s:
+                self._strike(signal.SIGKILL if plan.what == "kill" else signal.SIGTERM)
+                struck_s, deadline_s = None, self._life_s + patience_s
+                kill_s = self._life_s + plan.grace_s if plan.what == "terminate and kill" else None
+            if kill_s is not None and self._life_s >= kill_s:
+                self._signal(signal.SIGKILL, range(self._ranks))
+                kill_s = None
+            if deadline_s is not None and self._life_s > deadline_s:
+                self._hung = True
+                return
+            while_running([process.pid for process in self._processes if process.pid is not None])
+
+    def _strike(self, number: signal.Signals) -> None:
+        """Who is hit by a signal at this moment; where it was is read when it stands still."""
+        rank = self._plan.rank
+        alone = number == signal.SIGTERM or rank is not None
+        targets = [rank or 0] if alone else range(self._ranks)
+        by_itself = self._plan.at_operation is not None and self._processes[rank or 0].exitcode == -9
+        self._hit = self._signal(number, targets) or by_itself
+        self._place = self._boards[rank or 0].place()
+
+    def _signal(self, number: signal.Signals, ranks: Sequence[int]) -> bool:
+        hit = False
+        for rank in ranks:
+            process = self._processes[rank]
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+                hit = True
+        return hit
+
+    def end(self) -> None:
+        """No process of the session is left afterwards."""
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        pids = {process.pid for process in self._processes}
+        for other in psutil.process_iter(["pid", "cmdline"]):
+            try:
+                if os.getsid(other.pid) in pids:
+                    self._leftovers.append(" ".join(other.info["cmdline"] or [])[:200])
+                    os.kill(other.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def outcome(self) -> Outcome:
+        text = self._logs[0].read_text(errors="replace") if self._logs[0].exists() else ""
+        resumed, preempted = _RESUMED.search(text), _PREEMPTED.search(text)
+        first_step = int(resumed[1] or resumed[2]) if resumed else 0 if _TRAINED.search(text) else None
+        return Outcome(
+            exit_codes=[int(process.exitcode or 0) for process in self._processes],
+            life_s=self._life_s,
+            start_s=self._start_s,
+            hit=self._hit,
+            place=self._place,
+            operations=[board.place().operations for board in self._boards],
+            first_step=first_step,
+            preempted_at=int(preempted[1]) if preempted else None,
+            leftovers=self._leftovers,
+            hung=self._hung,
+            output="".join(
+                f"--- rank {rank}\n{log.read_text(errors='replace')[-3000:]}"
+                for rank, log in enumerate(self._logs)
+                if log.exists()
+            ),
+        )
