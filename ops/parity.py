@@ -45,14 +45,13 @@ from ops.parity_layouts import (
     layout,
 )
 from ops.parity_runs import LEARNING_RATE, STEPS, Case, differences, same_draws, train_recorded, write_data
+from ops.readme import ROOT, write_section
 from pgm_scale.config import RunConfig
 from pgm_scale.files import atomic_write_bytes
 from pgm_scale.parallel.launch import Launch, free_port
 from pgm_scale.parallel.layout import layout_problems
 from pgm_scale.parallel.mesh import connected
 
-ROOT = Path(__file__).resolve().parent.parent
-MARKERS = ("<!-- parity:begin -->", "<!-- parity:end -->")
 DRAWS = "draws.json"
 TIMEOUT_S = 120.0  # of a collective; a layout that hangs fails
 QUANTITIES = {
@@ -173,7 +172,7 @@ def main() -> int:
         runs.run(case for pair in pairs if not runs.refusal(pair[0]) for case in reversed(pair))
         results = [runs.result(case, section) for section in sections for case in section.cases]
     write_json(results)
-    write_readme(results)
+    write_section("parity", text(results))
     missed = [result for result in results if not result.held]
     for result in missed:
         print(f"MISSED  {result.section}: {result.case.name} {result.reason} {result.differences}")
@@ -195,16 +194,6 @@ def write_json(results: Sequence[Result]) -> None:
         },
     }
     atomic_write_bytes(ROOT / "ops/bench/parity.json", (json.dumps(tree, indent=1) + "\n").encode())
-
-
-def write_readme(results: Sequence[Result]) -> None:
-    """Put the tables between the markers."""
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, _, after = rest.partition(MARKERS[1])
-    assert after, f"{path} has no {' ... '.join(MARKERS)} for the tables"
-    lines = [MARKERS[0], *text(results), MARKERS[1]]
-    atomic_write_bytes(path, (before + "\n".join(lines) + after).encode())
 
 
 def text(results: Sequence[Result]) -> list[str]:

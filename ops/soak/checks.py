@@ -21,8 +21,8 @@ Record = dict[str, Any]
 # After a change of layout, relative. Gradient norms and validations show what a loss of 3 does not.
 LOSS_BOUND = 1e-5
 _LOSSES = ("loss", "gradient_norm", "validation_nll")
-# The parity of layouts has its bounds after 5 steps. Rounding adds up, and Adam makes a gradient that is mostly rounding
-# into an update of up to the learning rate; a sum that is forgotten or made twice is 0.5 and more.
+# The parity of layouts has its bounds after 5 steps. Rounding adds up, and Adam makes a gradient that is mostly
+# rounding into an update of up to the learning rate; a sum that is forgotten or made twice is 0.5 and more.
 STATE_BOUNDS = {name: 10 * bound for name, bound in FP32_BOUNDS.items()}
 # Of the time or of the machine; everything else that is recorded is a function of the configuration and the data.
 _MEASURED = (

@@ -1,4 +1,4 @@
-"""One run, killed and started again until it has finished; every session is checked against the same run uninterrupted."""
+"""One run, killed and started again until it has finished; each session is compared with the run uninterrupted."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from pgm_scale.errors import Preempted
 
 _SAMPLE_S = 3.0
 _WARM_UP = 0.3  # this share of a session, in which the heap and the caches grow to their size
-# 0.5 GB in a million steps, which no node would notice. A heap that settles makes some MiB too, whatever the number of
-# steps, so there must be more than that, too.
+# 0.5 GB in a million steps, which no node would notice. A heap that settles makes some MiB, however many the steps
+# are, so there must be more than that, too.
 MOST_GROWTH_BYTES_PER_STEP = 512.0
 MOST_SETTLING_BYTES = 4 << 20
 MOST_MORE_DESCRIPTORS = MOST_MORE_THREADS = 1
