@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FOLDERS := pgm_scale data_prep launchers ops tests
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-images demo-distill test slurm-start slurm-stop parity bench check format clean
+.PHONY: demo demo-images demo-distill test faults nightly slurm-start slurm-stop parity bench check format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m ops.demo
@@ -18,8 +18,17 @@ demo-distill: $(STAMP)
 
 # What runs on a real Slurm comes last, alone on the machine; without Debian's slurm-wlm and munge it is skipped.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --ignore tests/slurm
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest -n 2 --ignore tests/slurm -m "not fault"
+	$(BIN)/python -m ops.faults
+	$(BIN)/python -m pytest tests/slurm -m "not fault"
+
+# Every fault that a run must survive, injected into real processes and files; part of `make test`.
+faults: $(STAMP)
+	$(BIN)/python -m ops.faults
+
+# Random kills, signals and changes of layout for ten minutes; `python -m ops.soak --minutes 120` for longer.
+nightly: $(STAMP)
+	$(BIN)/python -m ops.soak --minutes 10 --out build/soak
 
 # A two-node Slurm on this machine, to try launches on.
 slurm-start: $(STAMP)

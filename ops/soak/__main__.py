@@ -34,17 +34,13 @@ _MOST_TEMPORARY_FILES = 4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    # Before torch is imported, here and in the server that sessions are forked from.
-    os.environ.update(
-        CUDA_VISIBLE_DEVICES="",
-        OMP_NUM_THREADS="1",
-        TOKENIZERS_PARALLELISM="false",
-        TORCH_CPP_LOG_LEVEL="ERROR",
-        PYTHONWARNINGS="ignore",
-    )
+    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # before torch is imported
     options.out.mkdir(parents=True, exist_ok=True)
     soaking = Soaking(options.out.resolve(), options.seed, options.ranks_up_to, 60 * options.minutes)
-    soaking.run()
+    try:
+        soaking.run()
+    finally:
+        soaking.close()
     print((options.out / "result.md").read_text())
     return 1 if soaking.soak.violations else 0
 
@@ -92,6 +88,9 @@ class Soaking:
                 self._long(self.soak.seed + number, long_s)
             self.soak.minutes = self._elapsed_s / 60
             write(self.soak, self.out)
+
+    def close(self) -> None:
+        self._sessions.close()
         shutil.rmtree(self._work, ignore_errors=True)
 
     def _cycle(self, seed: int) -> None:

@@ -23,7 +23,7 @@ LOSS_BOUND = 1e-5
 _LOSSES = ("loss", "gradient_norm", "validation_nll")
 # The parity of layouts has its bounds after 5 steps. Rounding adds up, and Adam makes a gradient that is mostly
 # rounding into an update of up to the learning rate; a sum that is forgotten or made twice is 0.5 and more.
-STATE_BOUNDS = {name: 10 * bound for name, bound in FP32_BOUNDS.items()}
+STATE_BOUNDS: dict[str, float] = {name: 10 * bound for name, bound in FP32_BOUNDS.items()}
 # Of the time or of the machine; everything else that is recorded is a function of the configuration and the data.
 _MEASURED = (
     "tokens_per_second",
@@ -35,18 +35,6 @@ _MEASURED = (
     "straggl",
 )
 _OF_THE_DATA = ("step", "samples", "sample_numbers", "data_fingerprint", "learning_rate")
-_RUN_FILES = {
-    "config.yaml",
-    "run.json",
-    "tokenizer.json",
-    "metrics.jsonl",
-    "heartbeat.json",
-    "metrics.prom",
-    "samples",
-    "checkpoints",
-    "hangs",
-    "unit_costs.json",
-}
 
 
 def read_records(run: Path, killed: bool) -> list[Record]:
@@ -123,7 +111,7 @@ def final_problems(run: Path, reference: Path, step: int, exact: bool) -> Iterat
                     yield f"step {step}: {kind} {name} is not the uninterrupted run's"
                 continue
             gap = ours[name] - theirs[name]
-            apart = {kind: float(gap.abs().max())}
+            apart: dict[str, float] = {kind: float(gap.abs().max())}
             if kind == "exp_avg":
                 apart["exp_avg_relative"] = float(gap.norm() / theirs[name].norm())
             for quantity, value in apart.items():
@@ -133,9 +121,10 @@ def final_problems(run: Path, reference: Path, step: int, exact: bool) -> Iterat
 
 def leftover_problems(run: Path, keep_last: int) -> Iterator[str]:
     """Of the files in the folder of a run that has finished."""
-    unknown = sorted({path.name for path in run.iterdir()} - _RUN_FILES)
-    if unknown:
-        yield f"left in the run folder: {', '.join(unknown)}"
+    names = {path.name for path in run.iterdir()}
+    unfinished = sorted(name for name in names if name.startswith(".") or name == "run.lock")
+    if unfinished:
+        yield f"left in the run folder: {', '.join(unfinished)}"
     folders = StepFolders(run)
     steps = folders.steps()
     if len(steps) > keep_last + 1:  # and the one that the session has resumed from

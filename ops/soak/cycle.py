@@ -138,6 +138,11 @@ class Cycle:
         after_s = self.choice.uniform(first_s, pace.start_s + steps * pace.step_s)
         return Plan(what, rank, after_s, grace_s=self.choice.uniform(0.0, 0.5))  # type: ignore[arg-type]
 
+    def plan_in(self, operation: str) -> Plan:
+        """A kill in one of the saves that are left, at the operation whose description begins so."""
+        saves = (self.run.steps - self.newest) // self.run.save_interval_steps
+        return Plan("kill", operation=operation, at_operation=self.choice.randrange(max(1, saves)))
+
     def session(self, plan: Plan, layout: Layout | None = None, asynchronous: bool = True) -> Event:
         """Start the run again, do to it what is planned, and look at what it has left."""
         layout = layout or self.layout

@@ -26,10 +26,14 @@ def rank_main(
     environment: dict[str, str],
     log: Path,
     board_path: Path,
-    dies_at_operation: int | None,
+    dies_at: tuple[str, int] | None,
 ) -> None:
     """Run `pgm-scale` with the arguments and exit with its code. A process group and session of its own, so that
-    whatever it starts can be found when it is dead."""
+    whatever it starts can be found when it is dead.
+
+    Args:
+        dies_at: by SIGKILL, before the n-th operation on files whose description begins so.
+    """
     os.setsid()
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -37,7 +41,7 @@ def rank_main(
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     board = Board(board_path)
-    _announce_operations(board, dies_at_operation)
+    _announce_operations(board, dies_at)
     with patch.object(Watchdog, "progress", _announced(Watchdog.progress, board)):
         code = main(arguments)
     sys.exit(code)
@@ -51,21 +55,24 @@ def _announced(progress: Callable[..., None], board: Board) -> Callable[..., Non
     return announced
 
 
-def _announce_operations(board: Board, dies_at: int | None) -> None:
-    """Wrap `os`'s functions that change files; before the `dies_at`-th of them die by SIGKILL."""
-    count, counting = 0, threading.Lock()
+def _announce_operations(board: Board, dies_at: tuple[str, int] | None) -> None:
+    """Wrap `os`'s functions that change files; before the one that is meant die by SIGKILL."""
+    count, passed, counting = 0, 0, threading.Lock()
+    beginning, last = dies_at or ("", -1)
 
     def wrap(name: str) -> Callable[..., Any]:
         original = getattr(os, name)
 
         def wrapped(target: Any, *rest: Any, **options: Any) -> Any:
-            nonlocal count
+            nonlocal count, passed
             path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fsdecode(target)
             with counting:
-                board.operation(f"{name} {os.path.basename(path)}", count)
-                if count == dies_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                    signal.pause()
+                text = f"{name} {os.path.basename(path)}"
+                board.operation(text, count)
+                if text.startswith(beginning):
+                    if passed == last:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    passed += 1
                 count += 1
             try:
                 return original(target, *rest, **options)

@@ -1,18 +1,16 @@
 """Sessions of a run: real ranks, each a process, that are left alone, killed or told to stop.
 
-They are forked from a server that has imported the library once: a session then costs about a second.
+They are forked from a server, see there: a session costs about a second.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
@@ -20,16 +18,9 @@ import psutil
 
 from ops.soak.board import Board, Place
 from ops.soak.rank import rank_main
+from ops.soak.server import ForkServer
 from pgm_scale.parallel.launch import free_port
 
-_IMPORTED = (
-    "ops.soak.rank",
-    "pgm_scale.training.loop",
-    "pgm_scale.parallel.pipeline",
-    "pgm_scale.parallel.tensor_layers",
-    "megatron.core.parallel_state",
-    "pgm_scale.training.samples",
-)
 _POLL_S = 0.01
 _RESUMED = re.compile(r"resumed from the checkpoint of step (\d+)|nothing to do: step (\d+) of")
 _PREEMPTED = re.compile(r"stopped by a signal after step (\d+), which is saved")
@@ -44,13 +35,15 @@ class Plan:
         what: left alone, SIGKILL, SIGTERM, or SIGTERM and SIGKILL `grace_s` later, as an impatient scheduler does.
         rank: whom it hits; None: all at once (SIGTERM always hits one, the others must follow).
         after_s: when, since the start.
-        at_operation: instead, when that rank (0 if all) is about to change a file for that time.
+        at_operation: instead, when that rank (0 if all) has changed files so often and is about to do so again;
+            of a kill only. Counted are the operations whose description, as in `Place`, begins with `operation`.
     """
 
     what: Literal["nothing", "kill", "terminate", "terminate and kill"] = "nothing"
     rank: int | None = None
     after_s: float = 0.0
     at_operation: int | None = None
+    operation: str = ""
     grace_s: float = 0.0
 
 
@@ -90,11 +83,10 @@ class Sessions:
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.count = 0
         self.pids: set[int] = set()
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(_IMPORTED))
-        first = self._context.Process(target=_imported)
-        first.start()  # the server's imports take seconds, which would count as the first session's
-        first.join()
+        self.server = ForkServer()
+
+    def close(self) -> None:
+        self.server.__exit__(None, None, None)
 
     def step(self) -> int | None:
         """The step that the session under way has begun; None before the first."""
@@ -123,10 +115,6 @@ class Sessions:
         return session.outcome()
 
 
-def _imported() -> None:
-    """For a process that only has the server start."""
-
-
 class _Session:
     """One session, from its start to its end."""
 
@@ -138,20 +126,8 @@ class _Session:
         for path in [*self._logs, *board_paths]:
             path.unlink(missing_ok=True)
         self._boards = [Board(path) for path in board_paths]
-        self._processes: list[ForkServerProcess] = []
-        port = free_port()
-        for rank in range(ranks):
-            environment = {"TMPDIR": str(sessions.temporary), "OMP_NUM_THREADS": "1"}
-            if ranks > 1:
-                environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            dies_at = plan.at_operation if plan.what == "kill" and rank == (plan.rank or 0) else None
-            self._processes.append(
-                sessions._context.Process(
-                    target=rank_main,
-                    args=(arguments, environment, self._logs[rank], board_paths[rank], dies_at),
-                )
-            )
+        self._pids: list[int] = []
+        self._arguments, self._board_paths = arguments, board_paths
         self._sessions = sessions
         self._start_s: float | None = None
         self._life_s = 0.0
@@ -160,24 +136,47 @@ class _Session:
         self._leftovers: list[str] = []
 
     def start(self) -> None:
+        plan, port = self._plan, free_port()
         self._began_s = time.monotonic()
-        for process in self._processes:
-            process.start()
-            assert process.pid is not None
-            self._sessions.pids.add(process.pid)
+        for rank in range(self._ranks):
+            environment = {"TMPDIR": str(self._sessions.temporary)}
+            if self._ranks > 1:
+                environment |= {"RANK": str(rank), "WORLD_SIZE": str(self._ranks), "LOCAL_RANK": str(rank)}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            dies_at = None
+            if plan.at_operation is not None and rank == (plan.rank or 0):
+                dies_at = (plan.operation, plan.at_operation)
+            self._pids.append(
+                self._sessions.server.fork(
+                    rank_main,
+                    self._arguments,
+                    environment,
+                    self._logs[rank],
+                    self._board_paths[rank],
+                    dies_at,
+                )
+            )
+        self._sessions.pids.update(self._pids)
+
+    def _exit_code(self, rank: int) -> int | None:
+        return self._sessions.server.exit_code(self._pids[rank])
+
+    @property
+    def _lives(self) -> bool:
+        return any(self._exit_code(rank) is None for rank in range(self._ranks))
 
     def watch(self, patience_s: float, while_running: Callable[[Sequence[int]], None]) -> None:
         """Until all ranks have ended; those that are still there `patience_s` after the hit are hung."""
         plan, kill_s = self._plan, None
         struck_s = None if plan.what == "nothing" else plan.after_s
         deadline_s = None
-        while any(process.is_alive() for process in self._processes):
+        while self._lives:
             time.sleep(_POLL_S)
             self._life_s = time.monotonic() - self._began_s
             if self._start_s is None and self._boards[0].place().progress.startswith("reading the data"):
                 self._start_s = self._life_s
             if plan.what == "kill" and plan.at_operation is not None:
-                if not self._hit and not self._processes[plan.rank or 0].is_alive():
+                if not self._hit and self._exit_code(plan.rank or 0) is not None:
                     self._strike(signal.SIGKILL)
                     deadline_s = self._life_s + patience_s
             elif struck_s is not None and self._life_s >= struck_s:
@@ -190,36 +189,33 @@ class _Session:
             if deadline_s is not None and self._life_s > deadline_s:
                 self._hung = True
                 return
-            while_running([process.pid for process in self._processes if process.pid is not None])
+            while_running(self._pids)
 
     def _strike(self, number: signal.Signals) -> None:
         """Who is hit by a signal at this moment; where it was is read when it stands still."""
         rank = self._plan.rank
         alone = number == signal.SIGTERM or rank is not None
         targets = [rank or 0] if alone else range(self._ranks)
-        by_itself = self._plan.at_operation is not None and self._processes[rank or 0].exitcode == -9
+        by_itself = self._plan.at_operation is not None and self._exit_code(rank or 0) == -9
         self._hit = self._signal(number, targets) or by_itself
         self._place = self._boards[rank or 0].place()
 
     def _signal(self, number: signal.Signals, ranks: Sequence[int]) -> bool:
         hit = False
         for rank in ranks:
-            process = self._processes[rank]
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, number)
+            if self._exit_code(rank) is None:
+                os.kill(self._pids[rank], number)
                 hit = True
         return hit
 
     def end(self) -> None:
         """No process of the session is left afterwards."""
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-        pids = {process.pid for process in self._processes}
+        self._signal(signal.SIGKILL, range(self._ranks))
+        while self._lives:
+            time.sleep(_POLL_S)
         for other in psutil.process_iter(["pid", "cmdline"]):
             try:
-                if os.getsid(other.pid) in pids:
+                if os.getsid(other.pid) in self._pids:
                     self._leftovers.append(" ".join(other.info["cmdline"] or [])[:200])
                     os.kill(other.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -230,7 +226,7 @@ class _Session:
         resumed, preempted = _RESUMED.search(text), _PREEMPTED.search(text)
         first_step = int(resumed[1] or resumed[2]) if resumed else 0 if _TRAINED.search(text) else None
         return Outcome(
-            exit_codes=[int(process.exitcode or 0) for process in self._processes],
+            exit_codes=[self._exit_code(rank) or 0 for rank in range(self._ranks)],
             life_s=self._life_s,
             start_s=self._start_s,
             hit=self._hit,

@@ -38,7 +38,7 @@ _OF_THE_ENVIRONMENT |= {
     errno.ELOOP,
 }
 _EPILOG = """exit codes: 0 done; 1 a bug of ours (with a traceback); 2 bad input; 3 a loss or gradient that is
-not finite; 4 a rank hung or died, and is named; 75 stopped by a signal after saving, run the same command to go
+not finite, or a spike; 4 a rank hung or died, and is named; 75 stopped by a signal after saving, run the same command to go
 on; 130 interrupted"""
 
 

@@ -41,6 +41,13 @@ class Checkpointer:
     def has_failed(self) -> bool:
         return self.store.under_way is not None and self.store.under_way.write.has_failed
 
+    def weights_are_finite(self) -> bool:
+        """Of this rank's share. Moments that are not finite would have made the weights so too."""
+        ends = [
+            torch.stack(torch.aminmax(entry.weight)) for entry in self.engine.state if entry.weight.numel()
+        ]
+        return not ends or bool(torch.cat(ends).isfinite().all())
+
     def save(self, step: int, state: dict[str, Any]) -> bool:
         """Collective. False when this step had been saved before."""
         start_s = time.perf_counter()

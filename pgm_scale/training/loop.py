@@ -459,6 +459,7 @@ class TrainingRun:
     def _save(self, step: int, in_background: bool = False) -> None:
         self._finish_save()
         self._check_lock()
+        self._check_weights(step)
         state = {"run_id": self.identity.run_id, "stability": self.stability.state()}
         if in_background:
             self.checkpointer.start(step, state)
@@ -467,6 +468,15 @@ class TrainingRun:
                 self.checkpointer.save(step, state)
             self.watch.saved(step)
             self._purge()
+
+    def _check_weights(self, step: int) -> None:
+        """A checkpoint that no run could go on from must not take the place of one that it can."""
+        bad = not self.checkpointer.weights_are_finite()
+        if self.mesh.any(np.array([bad], np.float64))[0]:
+            raise UnstableError(
+                f"weights are not finite after step {step}, which is not saved; the checkpoint before it stands: "
+                "lower optimizer.learning_rate, and the same command goes on from there"
+            )
 
     def _refuse_save(self, step: int) -> NoReturn:
         """Nothing that is trained from here on could be kept by this job."""

@@ -102,8 +102,8 @@ def _check_folder(path: Path, lock: bytes, peers: Peers, patience_s: float) -> N
             pass
         if time.monotonic() > deadline_s:
             raise UserError(
-                f"{path.parent.absolute()} is not the run folder of rank 0, or not shared with it: put `folder` on a "
-                "file system that all nodes share"
+                f"{path.parent.absolute()} is not the run folder of rank 0, or not shared with it: put `folder` on "
+                "a file system that all nodes share"
             )
         peers.progress("looking for the lock of rank 0 in the run folder")
         time.sleep(_POLL_S)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Self
 
-# Slurm and cloud schedulers send TERM; submitit and `sbatch --signal` send USR2; INT is a person's Ctrl-C, and HUP a
-# terminal that was closed, unless `nohup` has it ignored.
+# Slurm and cloud schedulers send TERM; submitit and `sbatch --signal` send USR2; INT is a person's Ctrl-C, and HUP
+# a terminal that was closed, unless `nohup` has it ignored.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _SAVE_FACTOR, _SAVE_MARGIN_S = 1.5, 5.0  # a save may take so much longer than the longest before it
 _OVERTIME_S = 300.0  # more than a scheduler takes to end a job whose time is over

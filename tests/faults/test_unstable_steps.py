@@ -21,6 +21,7 @@ from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import UnstableError
 from pgm_scale.objectives.base import DrawSpec, LossTerms
 from pgm_scale.objectives.pgm import PGMObjective
+from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.training import step as step_module
 from pgm_scale.training.loop import train_on_mesh
@@ -282,6 +283,29 @@ def test_without_a_checkpoint_there_is_no_way_back(data: Path, tmp_path: Path) -
     config = _config(data, tmp_path, stability=ROLL_BACK, checkpoint={"interval_steps": 100})
     message = run_ranks(2, _named, config, "loss")
     assert "there is no checkpoint to roll back to" in message
+
+
+def _spoilt(mesh: Mesh, config: RunConfig) -> str:
+    """An update makes one weight of the last rank infinite, though loss and gradient are fine."""
+    step_of = Engine.step
+
+    def step(self: Engine, *arguments: Any) -> bool:
+        updated = step_of(self, *arguments)
+        if self.updates == 3 and mesh.rank == mesh.world_size - 1:
+            self.state[-1].weight[-1] = float("inf")
+        return updated
+
+    with patch.object(Engine, "step", step), pytest.raises(UnstableError) as caught:
+        _train(mesh, config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["one rank", "ZeRO-1", "ZeRO-3"])
+def test_weights_that_are_not_finite_are_never_saved(data: Path, tmp_path: Path, name: str) -> None:
+    ranks, parallel, _ = LAYOUTS[name]
+    message = run_ranks(ranks, _spoilt, _config(data, tmp_path, parallel=parallel))
+    assert "weights are not finite after step 3, which is not saved" in message
+    assert CheckpointStore(tmp_path).steps() == [1, 2]
 
 
 SPIKE = {"on_spike": "skip", "spike_history_steps": 4}
