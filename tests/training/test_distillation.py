@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pgm_scale.export import write_model_folder
 from pgm_scale.loading import load
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.run_folder import RunFolder
+from pgm_scale.training.stability import Instability, Stability
 from pgm_scale.training.teacher_model import fill_in_model
 from tests.distributed import run_ranks
 from tests.parallel.persistence import partition_everything
@@ -291,3 +293,45 @@ def test_sampling_steps_are_halved_in_every_round(
     training = dataclasses.replace(config.training, steps=rounds * ROUND)
     problems = configuration.inconsistencies(dataclasses.replace(config, training=training))
     assert fits == (not any("cannot be halved" in problem for problem in problems))
+
+
+def _train_with_a_refused_step(mesh: Mesh, config: RunConfig, bad_step: int) -> None:
+    calls, judge_of = 0, Stability.judge
+
+    def judge(self: Stability, loss: float, gradient_norm: float) -> Instability | None:
+        """Asked once a step, and again of one that it refuses."""
+        nonlocal calls
+        calls += 1
+        if calls in (bad_step + 1, bad_step + 2):
+            return Instability("non_finite", "the loss is not finite")
+        return judge_of(self, loss, gradient_norm)
+
+    with patch.object(Stability, "judge", judge):
+        _train(mesh, config)
+
+
+@pytest.mark.parametrize("bad_step", [3, 4])
+def test_a_roll_back_keeps_the_teacher_of_the_round(
+    data: Path, teachers: Path, tmp_path: Path, bad_step: int
+) -> None:
+    """Back to the round's first step: the run is one that never had the data, with the teachers of that one."""
+    options = {
+        "objective": {"next_teacher": "ema", "reset_optimizer": True, "reset_ema": True},
+        "checkpoint": {"interval_steps": 100},
+        "stability": {"on_non_finite": "roll_back"},
+    }
+    without = tmp_path / "without"
+    without.mkdir()
+    back = {"step": bad_step, "checkpoint_step": 3, "data_steps": (3, bad_step), "reason": "by hand"}
+    (without / "roll_backs.json").write_text(json.dumps({"roll_backs": [back]}))
+    run_ranks(
+        1,
+        _train_with_a_refused_step,
+        distillation(data, teachers, tmp_path / "run", **options),  # type: ignore[arg-type]
+        bad_step,
+    )
+    run_ranks(1, _train, distillation(data, teachers, without, **options))  # type: ignore[arg-type]
+    assert "on all ranks" in (tmp_path / "run" / "roll_backs.json").read_text()
+    assert losses(tmp_path / "run") == losses(without)
+    pairs = _differences(_state(tmp_path / "run", 8), _state(without, 8))
+    assert all(difference == 0 for _, difference in pairs)
