@@ -13,13 +13,18 @@ from typing import Any
 from pgm_scale.errors import UserError
 
 
+def _is_special(path: Path) -> bool:
+    """A folder, a device or a pipe, whose name a written file would take; root may do so to /dev/null."""
+    return (os.path.exists(path) and not path.is_file()) or path.absolute().parent == Path("/dev")
+
+
 def check_writable(option: str, path: str | Path) -> None:
     """Refuse, before long work, a file that could not be written in the end.
 
     Raises:
         UserError: names the option.
     """
-    if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+    if _is_special(Path(path)) or not os.access(Path(path).absolute().parent, os.W_OK):
         raise UserError(f"{option} {path}: give a file in a folder that can be written")
 
 
@@ -58,6 +63,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
     One writer a path: the temporary name is fixed, so a dead writer leaves at most one.
     """
+    if _is_special(path):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
     temporary = temporary_name(path)
     write_synced(temporary, data)
     os.replace(temporary, path)

@@ -58,7 +58,8 @@ from pgm_scale.trained_model import ModelDescription, Origin, TrainedModel, Weig
 
 logger = logging.getLogger(__name__)
 
-_SEAL = re.compile(rb"(.*)^# sha256 of the lines above: ([0-9a-f]{64})\n", re.MULTILINE | re.DOTALL)
+# First, so that no cut leaves the rest without it.
+_SEALED = re.compile(rb"# sha256 of the lines below: ([0-9a-f]{64})\n(.*)", re.DOTALL)
 _READ_ATTEMPTS = 3
 
 # A resumed run must agree with itself in these; the rest may change between sessions.
@@ -134,7 +135,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         self._copy_tokenizer(train, tokenizer_path)
         text = configuration.to_yaml(_with_absolute_paths(config)).encode()
-        atomic_write_bytes(self.config_path, text + _seal(text))
+        seal = f"# sha256 of the lines below: {hashlib.sha256(text).hexdigest()}\n"
+        atomic_write_bytes(self.config_path, seal.encode() + text)
         if stored is not None:
             return stored
         # Last: its presence says that the description is whole.
@@ -181,12 +183,12 @@ class RunFolder:
                 f"{self.path} is not a run folder (no config.yaml in it); give the folder of a run"
             )
         try:
-            sealed = _SEAL.fullmatch(self.config_path.read_bytes())
+            sealed = _SEALED.fullmatch(self.config_path.read_bytes())
         except OSError as error:
             raise UserError(f"cannot read {self.config_path}: {error.strerror}; restore it") from None
-        if sealed is not None and hashlib.sha256(sealed[1]).hexdigest().encode() != sealed[2]:
+        if sealed is not None and hashlib.sha256(sealed[2]).hexdigest().encode() != sealed[1]:
             raise UserError(
-                f"{self.config_path} is damaged, or was edited: it is not what its last line says; restore it, or "
+                f"{self.config_path} is damaged, or was edited: it is not what its first line says; restore it, or "
                 "remove that line if all of it is meant so"
             )
         return configuration.load(self.config_path)
@@ -237,10 +239,6 @@ class RunFolder:
                 f"{self.identity_path} is damaged: {' '.join('; '.join(problems).split())}; restore it"
             )
         return identity
-
-
-def _seal(text: bytes) -> bytes:
-    return f"# sha256 of the lines above: {hashlib.sha256(text).hexdigest()}\n".encode()
 
 
 def _sealed_json(tree: dict[str, Any]) -> bytes:

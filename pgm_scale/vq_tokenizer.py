@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pgm_scale import config as configuration
 from pgm_scale.config import VQModelConfig
+from pgm_scale.convert.torch_file import refuse_compressed
 from pgm_scale.data.manifest import TOKENIZER_NAME, VQ_WEIGHTS_NAME
 from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes, read_bounded
@@ -182,6 +183,7 @@ def _published_tensors(path: Path) -> Mapping[str, Any]:
     """The named tensors of a LlamaGen checkpoint: the average if it has one, else the model."""
     try:
         # Its training script also stores its arguments, a class that only holds values.
+        refuse_compressed(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

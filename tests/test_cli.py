@@ -210,6 +210,7 @@ def test_bad_input_is_one_message(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault(24)
 def test_all_problems_are_told_at_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = _config_file(data, tmp_path / "run")
     assert main(["train", str(config), "modle.x=1", "training.seed=a", "optimizer.warmup_steps=-1"]) == 2
@@ -221,6 +222,7 @@ def test_all_problems_are_told_at_once(data: Path, tmp_path: Path, capsys: pytes
     assert all(part in errors for part in ("nowhere", "neither"))
 
 
+@pytest.mark.fault(23)
 def test_a_vocabulary_mismatch_is_a_readable_diff(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -36,6 +36,7 @@ def test_shipped_files_load_and_print_what_loads_again(path: Path, tmp_path: Pat
     assert configuration.load(again) == config
 
 
+@pytest.mark.fault(60)
 def test_every_misspelt_key_is_found_and_the_right_one_named() -> None:
     tree = configuration.to_mapping(configuration.load(CONFIGS[0]))
     for path in _leaves(tree):
@@ -50,6 +51,7 @@ def test_every_misspelt_key_is_found_and_the_right_one_named() -> None:
         assert repr(path[-1]) in unknown[0]
 
 
+@pytest.mark.fault(60)
 def test_every_wrong_type_is_found() -> None:
     tree = configuration.to_mapping(configuration.load(CONFIGS[0]))
     for path in _leaves(tree):
@@ -95,6 +97,7 @@ def test_a_size_stands_for_its_keys_and_keys_beside_it_win(tmp_path: Path) -> No
         ("folder: x\ndata: {train: a, validation: b}\nobjective: {kind: pgn}", "did you mean 'pgm'"),
     ],
 )
+@pytest.mark.fault(61)
 def test_odd_files_are_one_message(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
@@ -138,6 +141,7 @@ def test_a_size_on_the_command_line_wins_over_the_keys_of_the_file() -> None:
         "model=3",
     ],
 )
+@pytest.mark.fault(60)
 def test_odd_overrides_are_one_message(override: str) -> None:
     with pytest.raises(UserError):
         configuration.load(next(path for path in CONFIGS if path.name == "demo.yaml"), [override])

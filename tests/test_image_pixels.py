@@ -116,6 +116,8 @@ def png_of(width: int, height: int) -> bytes:
 WHOLE = encoded(picture(9, 200, 200), quality=95)
 
 
+@pytest.mark.fault(54)
+@pytest.mark.fault(59)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -153,6 +155,7 @@ def test_a_header_tells_the_size(tmp_path: Path, kind: str) -> None:
         header_size(tmp_path / "absent")
 
 
+@pytest.mark.fault(54)
 def test_a_file_of_absurd_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_pixels, "LARGEST_FILE_BYTES", 100)
     with pytest.raises(UnreadableImage, match=r"\d+ bytes, more than 100"):

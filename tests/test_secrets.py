@@ -167,6 +167,7 @@ def _written(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+@pytest.mark.fault(28)
 def test_a_training_writes_no_secret(
     secrets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -186,6 +187,7 @@ def test_a_training_writes_no_secret(
     assert list(_written(tmp_path)) == [run / "leak.json"]
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("command", ["config", "train", "plan"])
 def test_a_configuration_with_a_secret_is_refused_before_anything_is_written(
     secrets: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, command: str
@@ -237,6 +239,7 @@ def test_log_lines_and_their_tracebacks(secrets: dict[str, str]) -> None:
     assert text.endswith("ValueError: <HF_TOKEN>")
 
 
+@pytest.mark.fault(28)
 def test_a_traceback_of_ours_holds_no_secret(secrets: dict[str, str]) -> None:
     script = (
         "import os, sys, pgm_scale.cli as cli\n"

@@ -84,6 +84,7 @@ def _refusal(path: Path) -> str:
     return message
 
 
+@pytest.mark.fault(26)
 def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     content = {"model": _published(VQModel(GRAY)), "args": _Hostile(trace)}
@@ -115,6 +116,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert "holds no VQ tokenizer" in _refusal(tmp_path)
 
 
+@pytest.mark.fault(25)
 def test_all_wrong_names_and_shapes_are_told_at_once(tmp_path: Path) -> None:
     state = _published(VQModel(GRAY))
     del state["decoder.mid.1.q.bias"]

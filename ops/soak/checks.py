@@ -119,15 +119,19 @@ def final_problems(run: Path, reference: Path, step: int, exact: bool) -> Iterat
                     yield f"step {step}: {quantity} of {name} is {value:.1e} from the uninterrupted run's"
 
 
-def leftover_problems(run: Path, keep_last: int) -> Iterator[str]:
-    """Of the files in the folder of a run that has finished."""
+def leftover_problems(run: Path, keep_last: int, has_saved: bool) -> Iterator[str]:
+    """Of the files in the folder of a run that has finished.
+
+    Old steps go when a new one is committed: those of a session that was killed just before stay until the next one
+    `has_saved`.
+    """
     names = {path.name for path in run.iterdir()}
     unfinished = sorted(name for name in names if name.startswith(".") or name == "run.lock")
     if unfinished:
         yield f"left in the run folder: {', '.join(unfinished)}"
     folders = StepFolders(run)
     steps = folders.steps()
-    if len(steps) > keep_last + 1:  # and the one that the session has resumed from
+    if has_saved and len(steps) > keep_last + 1:  # and the one that the session has resumed from
         yield f"{len(steps)} steps are kept, with keep_last {keep_last}"
     expected = {"LATEST", *(folders.of(step).name for step in steps)}
     unknown = sorted({path.name for path in folders.folder.iterdir()} - expected)

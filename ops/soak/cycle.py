@@ -199,11 +199,12 @@ class Cycle:
 
     def _final_problems(self, event: Event, records: Sequence[Record]) -> list[str]:
         found = []
+        has_saved = event.newest_after > event.newest_before
         if event.newest_after != self.run.steps or records[-1]["step"] != self.run.steps:
             found.append(f"finished at step {event.newest_after} with records to {records[-1:]}")
         else:
             found += final_problems(self._run_folder, self.reference, self.run.steps, self.exact)
-        return [*found, *leftover_problems(self._run_folder, self.run.keep_last)]
+        return [*found, *leftover_problems(self._run_folder, self.run.keep_last, has_saved)]
 
     def _phase(self, place: Place | None) -> str:
         if place is None:

@@ -5,6 +5,7 @@ They are forked from a server, see there: a session costs about a second.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from ops.soak.server import ForkServer
 from pgm_scale.parallel.launch import free_port
 
 _POLL_S = 0.01
+_LEFTOVER_S = 5.0  # a helper that sees its rank dead may need to end
 _RESUMED = re.compile(r"resumed from the checkpoint of step (\d+)|nothing to do: step (\d+) of")
 _PREEMPTED = re.compile(r"stopped by a signal after step (\d+), which is saved")
 _TRAINED = re.compile(r"^step \d+/\d+ ", re.MULTILINE)
@@ -57,7 +59,7 @@ class Outcome:
         place: where the rank was that was hit (rank 0 if all).
         first_step: what it resumed from, as it says itself; 0: it began anew; None: it did not come so far.
         preempted_at: the step that it says it has saved after a signal.
-        leftovers: what processes it has left, which are ended then.
+        leftovers: processes that it has left and that did not end soon, which are ended then.
         hung: it did not end in time, and was ended.
     """
 
@@ -190,6 +192,8 @@ class _Session:
                 self._hung = True
                 return
             while_running(self._pids)
+        if plan.at_operation is not None and not self._hit:
+            self._strike(signal.SIGKILL)  # for what it notes: it may have died, alone, just before the end
 
     def _strike(self, number: signal.Signals) -> None:
         """Who is hit by a signal at this moment; where it was is read when it stands still."""
@@ -213,20 +217,32 @@ class _Session:
         self._signal(signal.SIGKILL, range(self._ranks))
         while self._lives:
             time.sleep(_POLL_S)
-        for other in psutil.process_iter(["pid", "cmdline"]):
-            try:
-                if os.getsid(other.pid) in self._pids:
-                    self._leftovers.append(" ".join(other.info["cmdline"] or [])[:200])
-                    os.kill(other.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        deadline_s = time.monotonic() + _LEFTOVER_S
+        while (left := self._left()) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                self._leftovers.append(f"{process.name()}: {' '.join(process.cmdline())[:200]}")
+                process.kill()
+
+    def _left(self) -> list[psutil.Process]:
+        """What lives of the ranks' sessions: whom they have started."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) in self._pids and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
     def outcome(self) -> Outcome:
         text = self._logs[0].read_text(errors="replace") if self._logs[0].exists() else ""
         resumed, preempted = _RESUMED.search(text), _PREEMPTED.search(text)
         first_step = int(resumed[1] or resumed[2]) if resumed else 0 if _TRAINED.search(text) else None
+        exit_codes = [self._exit_code(rank) or 0 for rank in range(self._ranks)]
+        if self._plan.what == "kill":  # a process that has just ended takes a signal too
+            self._hit = self._hit and -signal.SIGKILL in exit_codes
         return Outcome(
-            exit_codes=[self._exit_code(rank) or 0 for rank in range(self._ranks)],
+            exit_codes=exit_codes,
             life_s=self._life_s,
             start_s=self._start_s,
             hit=self._hit,

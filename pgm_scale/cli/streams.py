@@ -1,8 +1,8 @@
 """The standard streams of a command: what it says there must neither end nor damage what it does.
 
-A reader that goes away (`| head`, a closed terminal) or a full disk under a log would otherwise end a training between
-two checkpoints; and where a stream is closed from the start, the next file that is opened, maybe a checkpoint, would
-get its number and be written to by all that talks to file descriptor 2.
+A reader that goes away (`| head`, a closed terminal) or a full disk under a log would otherwise end a training
+between two checkpoints; and where a stream is closed from the start, the next file that is opened, maybe a
+checkpoint, would get its number and be written to by all that talks to file descriptor 2.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def open_closed_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _drop(stream: TextIO) -> None:

@@ -80,6 +80,19 @@ def open_torch_file(path: str | Path) -> Any:
         ) from None
 
 
+def refuse_compressed(path: str | Path) -> None:
+    """For those who let torch open a file, which inflates what torch never deflates: gigabytes of a megabyte.
+
+    Raises:
+        PickleError: parts of it are compressed.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise PickleError("compressed parts")
+
+
 def _zip_content(mapped: mmap.mmap) -> Any:
     with zipfile.ZipFile(io.BufferedReader(_Mapped(mapped))) as archive:
         parts = _parts(mapped, archive)

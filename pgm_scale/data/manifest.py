@@ -275,11 +275,11 @@ def _problems(manifest: DatasetManifest) -> list[str]:
         return problems
     vocabulary = manifest.vocabulary
     if manifest.format not in ("mds", "tar"):
-        problems.append(f"format {manifest.format!r} is neither mds nor tar")
+        problems.append(f"format {_short(manifest.format)} is neither mds nor tar")
     problems += _image_problems(manifest)
     holds_pixels = manifest.images is not None and manifest.images.tokens == "pixels"
     if manifest.token_dtype != ("uint8" if holds_pixels else token_dtype_for(vocabulary.size)):
-        problems.append(f"token_dtype {manifest.token_dtype!r} does not fit {vocabulary.size} tokens")
+        problems.append(f"token_dtype {_short(manifest.token_dtype)} does not fit {vocabulary.size} tokens")
     for name in ("mask_id", "bos_id", "eos_id", "pad_id"):
         token = getattr(vocabulary, name)
         if token is None and name == "pad_id":
@@ -291,9 +291,11 @@ def _problems(manifest: DatasetManifest) -> list[str]:
         problems.append("it names no shards")
     if len(set(names)) < len(names):
         problems.append("a shard is named twice")
-    problems += [f"bad shard name {name!r}" for name in names if not _SHARD_NAME.fullmatch(name)]
+    problems += [f"bad shard name {_short(name)}" for name in names if not _SHARD_NAME.fullmatch(name)]
     problems += [f"bad sha256 of {s.name}" for s in manifest.shards if not _SHA256.fullmatch(s.sha256)]
     problems += _text_problems(manifest)
+    if problems:
+        return problems
     row_bytes = np.dtype(manifest.token_dtype).itemsize * manifest.length_tokens
     problems += [
         f"{s.name} of {s.bytes} bytes cannot hold {s.rows} rows of {row_bytes} bytes"
@@ -332,7 +334,7 @@ def _image_problems(manifest: DatasetManifest) -> list[str]:
     problems = []
     row_tokens = {"codes": 1 + images.grid_side**2, "pixels": images.side_pixels**2 * images.channels}
     if images.tokens not in row_tokens:
-        problems.append(f"images.tokens {images.tokens!r} is neither codes nor pixels")
+        problems.append(f"images.tokens {_short(images.tokens)} is neither codes nor pixels")
     elif manifest.length_tokens != row_tokens[images.tokens]:
         problems.append(
             f"length_tokens {manifest.length_tokens}, but the {images.tokens} of an image are "

@@ -7,7 +7,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -113,7 +112,7 @@ def read_samples(path: str, trained: TrainedModel) -> SampleSet:
         tokens_BL = np.load(
             path, mmap_mode="r", allow_pickle=False
         )  # so it allocates nothing that a header claims
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # what a garbled header leads to has no base class
         raise UserError(
             f"cannot read --samples-file {path}: {error}; give an int array in .npy of `pgm-scale sample`"
         ) from None

@@ -43,8 +43,8 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     ]
     if any(wrong):
         raise UserError(
-            f"the launcher's environment says {', '.join(filter(None, wrong))}, which cannot be; start with torchrun, "
-            "with srun, or alone"
+            f"the launcher's environment says {', '.join(filter(None, wrong))}, which cannot be; start with "
+            "torchrun, with srun, or alone"
         )
     return launch
 

@@ -6,9 +6,11 @@ neighbouring ranks are tensor-parallel, then data-parallel, then pipeline stages
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +22,14 @@ import torch
 import torch.distributed as dist
 
 from pgm_scale.config import ParallelConfig
+from pgm_scale.errors import UserError
 from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.parallel.launch import Launch
 from pgm_scale.parallel.rendezvous import join, rank_map
 from pgm_scale.parallel.watchdog import Watchdog
 
 _PATIENCE = 5  # times the watchdog's, of collectives
+_FILES, _FILES_PER_RANK = 64, 2  # logs, shards, libraries; two connections to the store
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,24 @@ class Mesh:
         return dataclasses.replace(self, groups=groups)
 
 
+def _allow_files(ranks: int) -> None:
+    """As many open files as this process may have: each connection of rank 0's store and of gloo is one, and the
+    usual limit of 1024, which a process may raise by itself, is too small for some hundred ranks.
+
+    Raises:
+        UserError: it may have too few; torch would say so in a traceback, from the middle of the start.
+    """
+    needed = _FILES + _FILES_PER_RANK * ranks
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{ranks} ranks need about {needed} open files a process, and at most {hard} are allowed: raise "
+            "`ulimit -n`"
+        )
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 @contextmanager
 def connected(
     launch: Launch,
@@ -177,6 +199,7 @@ def connected(
         UserError: some ranks did not come; they are named.
         HungRankError: a collective failed because of the ranks that it names.
     """
+    _allow_files(launch.world_size)
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -159,8 +159,8 @@ def _enter(store: dist.Store, me: Member, world_size: int) -> None:
     first = store.compare_set("world size", "", str(world_size)).decode()
     if first != str(world_size):
         outcome = (
-            f"rank {me.rank} ({me}) was told of {world_size} ranks, and another rank of {first}: give all processes "
-            "the same WORLD_SIZE, or, if these are two runs, each its own MASTER_PORT"
+            f"rank {me.rank} ({me}) was told of {world_size} ranks, and another rank of {first}: give all "
+            "processes the same WORLD_SIZE, or, if these are two runs, each its own MASTER_PORT"
         )
         store.compare_set("outcome", "", outcome)
         raise UserError(outcome)

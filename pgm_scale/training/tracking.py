@@ -134,7 +134,7 @@ def _last_step(path: Path) -> int:
     """-1 where there is none, or a damaged one: all is sent again."""
     try:
         return int(json.loads(path.read_bytes())["last_step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -1
 
 

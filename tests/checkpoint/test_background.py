@@ -82,6 +82,7 @@ def test_values_may_change_before_anything_is_written(tmp_path, gate):
     assert store.under_way is None
 
 
+@pytest.mark.fault(1)
 def test_giving_up_stops_the_write_and_leaves_what_recovery_removes(tmp_path, gate):
     save_step(tmp_path, 1)
     store = CheckpointStore(tmp_path)
@@ -100,6 +101,7 @@ def _fail(error, *_):
     raise error
 
 
+@pytest.mark.fault(9)
 def test_a_failed_write_fails_the_save_on_every_rank(tmp_path, monkeypatch):
     save_step(tmp_path, 1)
 
@@ -129,6 +131,8 @@ def test_a_bug_keeps_its_type(tmp_path, monkeypatch):
         store.finish()
 
 
+@pytest.mark.fault(1)
+@pytest.mark.fault(2)
 def test_any_chain_of_deaths_loses_no_committed_step(tmp_path):
     """FAULTS 1 and 2, in the background: each life is killed somewhere, many while the thread writes."""
     dice = random.Random(3)
@@ -162,6 +166,7 @@ def test_any_chain_of_deaths_loses_no_committed_step(tmp_path):
     assert died_after >= {"mkdir", "fsync", "rename", "replace"}
 
 
+@pytest.mark.fault(1)
 def test_killed_while_the_background_writes(tmp_path):
     """The process dies in the writing thread itself, with some of the file on the disk."""
     save_step(tmp_path, 1)

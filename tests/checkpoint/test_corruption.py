@@ -31,6 +31,7 @@ def flip(path: Path, offset: int, mask: int = 1) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.fault(3)
 @settings(max_examples=80, deadline=None)
 @given(name=st.sampled_from(FILES), offset=st.integers(0, 100_000), mask=st.integers(1, 255))
 def test_any_flipped_byte_is_found_and_the_run_falls_back(name, offset, mask):
@@ -109,6 +110,7 @@ def folder_for_file(folder):
     (folder / FILES[1]).mkdir()
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -142,11 +144,13 @@ def test_damage_is_named_and_falls_back_or_refuses(run_folder, caplog, damage, r
     assert (run_folder / "checkpoints" / "LATEST").read_text() == "step_00000001\n"
 
 
+@pytest.mark.fault(3)
 def test_all_ranks_agree_on_the_fallback(run_folder):
     flip(step_folder(run_folder, 2) / FILES[1], 300)  # in the share of one rank only
     assert run_ranks(3, lambda peers: CheckpointStore(run_folder, peers).newest_verified()) == [1, 1, 1]
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("strict", [False, True])
 def test_every_step_bad_refuses_to_start_from_scratch_on_every_try(run_folder, strict):
     for step in (1, 2):
@@ -158,6 +162,7 @@ def test_every_step_bad_refuses_to_start_from_scratch_on_every_try(run_folder, s
             assert "step_00000002" in str(result)
 
 
+@pytest.mark.fault(5)
 def test_deleted_steps_are_not_a_fresh_run(run_folder):
     for step in (1, 2):
         shutil.rmtree(step_folder(run_folder, step))
@@ -165,6 +170,7 @@ def test_deleted_steps_are_not_a_fresh_run(run_folder):
         CheckpointStore(run_folder).newest_verified()
 
 
+@pytest.mark.fault(4)
 def test_the_same_step_can_be_quarantined_twice(run_folder):
     for _ in range(2):
         remove(step_folder(run_folder, 2))
@@ -174,6 +180,7 @@ def test_the_same_step_can_be_quarantined_twice(run_folder):
     assert CheckpointStore(run_folder).newest_verified() == 2
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("marker", [None, b"", b"step_00000001\n", b"step_00000009\n", b"\xff\xfe"])
 def test_the_marker_is_repaired(run_folder, marker):
     path = run_folder / "checkpoints" / "LATEST"
@@ -184,6 +191,7 @@ def test_the_marker_is_repaired(run_folder, marker):
     assert path.read_text() == "step_00000002\n"
 
 
+@pytest.mark.fault(31)
 def test_readers_of_somebody_elses_run_change_nothing(run_folder, caplog):
     flip(step_folder(run_folder, 2) / FILES[0], 9)
     (run_folder / "checkpoints" / ".step_00000003.saving").mkdir()
@@ -193,6 +201,7 @@ def test_readers_of_somebody_elses_run_change_nothing(run_folder, caplog):
     assert "passed over" in caplog.text
 
 
+@pytest.mark.fault(31)
 def test_a_step_purged_while_it_is_verified_is_not_called_bad(run_folder, monkeypatch, caplog):
     store = CheckpointStore(run_folder)
     real = store._problems

@@ -5,6 +5,8 @@ import random
 import signal
 from functools import partial
 
+import pytest
+
 from pgm_scale.checkpoint import CheckpointStore
 from tests.checkpoint.support import (
     assert_step_is_good,
@@ -22,6 +24,8 @@ def resume(run_folder):
     return store, store.newest_verified()
 
 
+@pytest.mark.fault(1)
+@pytest.mark.fault(2)
 def test_killed_at_every_point_of_a_save_and_a_purge(tmp_path):
     newest_at, log = {}, tmp_path / "log"
     for point in range(100):
@@ -58,6 +62,7 @@ def test_killed_at_every_point_of_a_save_and_a_purge(tmp_path):
     assert len(newest_at) >= 10
 
 
+@pytest.mark.fault(1)
 def test_the_order_of_durable_operations(tmp_path):
     """What a power cut relies on, and a killed process cannot show: each is durable before the next starts."""
     save_step(tmp_path, 1)
@@ -82,6 +87,8 @@ def test_the_order_of_durable_operations(tmp_path):
     ]
 
 
+@pytest.mark.fault(1)
+@pytest.mark.fault(2)
 def test_any_chain_of_deaths_and_resumes_loses_no_committed_step(tmp_path):
     """Each life recovers, saves and purges until it is killed somewhere; some die in the recovery itself."""
     dice = random.Random(2)

@@ -45,6 +45,7 @@ def test_lock_is_given_back(tmp_path):
     assert os.listdir(tmp_path / "run") == []
 
 
+@pytest.mark.fault(6)
 def test_second_run_is_refused_with_the_holder_and_a_killed_one_is_recovered(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     pid = fork_holder(tmp_path)
@@ -64,6 +65,7 @@ def test_second_run_is_refused_with_the_holder_and_a_killed_one_is_recovered(tmp
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.fault(6)
 def test_reused_process_id_is_not_the_holder(tmp_path):
     write_lock(tmp_path, start_ticks="1")
     with RunLock(tmp_path, dead_after_s=1000) as lock:
@@ -88,6 +90,7 @@ def test_holder_elsewhere_lives_while_its_heartbeat_moves(tmp_path):
         heart.join()
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("content", [None, b"", b'{"host": 3}', b"\xff"])
 def test_holder_elsewhere_is_dead_when_its_heartbeat_stands_still(tmp_path, content):
     path = write_lock(tmp_path, machine="another")
@@ -108,6 +111,7 @@ def test_heartbeat_moves(tmp_path):
             time.sleep(0.02)
 
 
+@pytest.mark.fault(6)
 def test_a_lock_that_was_taken_over_is_noticed_and_left_alone(tmp_path):
     with RunLock(tmp_path, **FAST) as lock:
         theirs = write_lock(tmp_path, pid=1)
@@ -150,6 +154,7 @@ def test_a_lock_that_changes_hands_while_we_watch_is_not_touched(tmp_path, monke
         RunLock(tmp_path, **FAST).acquire()
 
 
+@pytest.mark.fault(6)
 def test_of_many_runs_started_at_once_on_a_dead_lock_one_wins(tmp_path):
     for _ in range(5):
         write_lock(tmp_path, start_ticks="1")
@@ -178,6 +183,7 @@ def test_of_many_runs_started_at_once_on_a_dead_lock_one_wins(tmp_path):
             path.unlink()
 
 
+@pytest.mark.fault(8)
 def test_unwritable_folder_is_refused():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)

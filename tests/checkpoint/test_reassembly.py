@@ -120,6 +120,7 @@ def piece(name, shape, start, length):
     return ("weight", Fragment(name, TensorSlice.whole(shape), start, torch.arange(float(length))))
 
 
+@pytest.mark.fault(25)
 def test_holes_overlaps_and_contradictions_are_all_listed(tmp_path):
     store = commit(
         tmp_path,
@@ -201,6 +202,7 @@ def test_the_same_range_on_two_ranks_is_an_overlap(tmp_path):
         store.kinds(1)
 
 
+@pytest.mark.fault(25)
 def test_names_must_match_exactly_and_all_faults_are_listed(tmp_path):
     store = commit(
         tmp_path, [[piece("kept", (4,), 0, 4), piece("old", (2,), 0, 2), piece("wide", (2, 3), 0, 6)]]

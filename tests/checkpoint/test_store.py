@@ -55,6 +55,7 @@ def test_saving_a_committed_step_again_writes_nothing(tmp_path):
     assert (step_folder(tmp_path, 3) / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.fault(1)
 def test_leftovers_of_a_larger_world_do_not_enter_the_next_save(tmp_path):
     folders = CheckpointStore(tmp_path).folders
     folders.begin(1)
@@ -70,6 +71,7 @@ def test_state_floats_are_exact(tmp_path):
     assert store.state(1) == state
 
 
+@pytest.mark.fault(1)
 def test_a_rank_that_cannot_write_fails_the_save_on_every_rank(tmp_path, monkeypatch):
     save_step(tmp_path, 1)
 
@@ -135,6 +137,7 @@ def test_only_rank_0_purges(tmp_path):
     assert purged == [[1], []]
 
 
+@pytest.mark.fault(31)
 def test_a_reader_keeps_reading_a_step_that_is_purged_meanwhile(tmp_path):
     """FAULTS 31: the exporter holds the mapped files, the trainer deletes them."""
     for step in (1, 2):
@@ -150,6 +153,7 @@ def test_a_reader_keeps_reading_a_step_that_is_purged_meanwhile(tmp_path):
         CheckpointStore(tmp_path).read_full(1, "ema")
 
 
+@pytest.mark.fault(7)
 def test_disk_full_keeps_the_old_steps(tmp_path):
     """FAULTS 7, with a limit on the file size in a real process."""
     save_step(tmp_path, 1)
@@ -175,6 +179,7 @@ def test_disk_full_keeps_the_old_steps(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["LATEST", "step_00000001", "step_00000003"]
 
 
+@pytest.mark.fault(8)
 def test_read_only_folder_is_refused_at_the_start():
     """FAULTS 8; root may write anywhere, so the child becomes nobody."""
     with tempfile.TemporaryDirectory() as folder:

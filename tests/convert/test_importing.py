@@ -216,6 +216,7 @@ def refused(source: Path, *settings: str, **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault(25)
 def test_all_keys_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     state = published.pgm_text_state()
     del state["decoder.layers.0.attn_q.weight"]

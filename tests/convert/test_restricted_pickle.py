@@ -128,6 +128,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.fault(26)
 def test_attacks_run_nothing(canary: Path, name: str) -> None:
     with suppress(PickleError, TypeError, ValueError):  # of which `open_torch_file` makes one line
         repr(read(ATTACKS[name]))
@@ -137,6 +138,7 @@ def test_attacks_run_nothing(canary: Path, name: str) -> None:
     assert canary.exists(), "it is harmless, so this shows nothing"
 
 
+@pytest.mark.fault(26)
 def test_names_are_not_even_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     imported: list[str] = []
     real: Callable[..., Any] = __import__
@@ -174,6 +176,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.fault(26, 65)
 def test_bombs_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restricted_pickle, "_MOST_COPIED_BYTES", 1 << 23)
     if name == "memo":
@@ -190,6 +193,7 @@ def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         read(b"(" + b"]" * 110 + b"t.")
 
 
+@pytest.mark.fault(26, 65)
 def test_random_programs_end_in_a_value_or_an_error(canary: Path) -> None:
     """Opcodes in any order, with the names of attacks in between."""
     generator = random.Random(7)

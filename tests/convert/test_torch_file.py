@@ -119,6 +119,7 @@ def test_no_checkpoints(tmp_path: Path) -> None:
 
 
 @LEGACY
+@pytest.mark.fault(65)
 def test_cut_files(tmp_path: Path, legacy: bool) -> None:
     whole = published.save({"a": torch.randn(40), "b": [1, 2]}, tmp_path / "a.pt", legacy).read_bytes()
     path = tmp_path / "cut.pt"
@@ -128,6 +129,7 @@ def test_cut_files(tmp_path: Path, legacy: bool) -> None:
 
 
 @LEGACY
+@pytest.mark.fault(65)
 def test_flipped_bits_are_found_or_harmless(tmp_path: Path, legacy: bool) -> None:
     """In the zip format all of them are found but those that change nothing; the legacy one has no checksums."""
     expected: dict[str, Any] = {"a": torch.randn(40), "b": [1, 2]}
@@ -223,6 +225,7 @@ FORGED: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", FORGED)
+@pytest.mark.fault(65)
 def test_forged_tensors(tmp_path: Path, name: str) -> None:
     one_line(zip_of(tmp_path / "a.pt", FORGED[name](), {"0": bytes(16)}))
 
@@ -238,6 +241,7 @@ def test_rebuilding_functions_that_are_not_known_stay_records(tmp_path: Path) ->
     assert isinstance(open_torch_file(zip_of(tmp_path / "b.pt", meta, {})), Record)
 
 
+@pytest.mark.fault(65)
 def test_forged_archives(tmp_path: Path) -> None:
     data, storage = tensor_pickle(), {"0": bytes(16)}
     compressed = zip_of(tmp_path / "a.pt", data, {"0": bytes(1 << 20)}, zipfile.ZIP_DEFLATED)
@@ -256,6 +260,7 @@ def test_forged_archives(tmp_path: Path) -> None:
     assert "byte order" in one_line(tmp_path / "d.pt")
 
 
+@pytest.mark.fault(65)
 def test_parts_that_overlap(tmp_path: Path) -> None:
     """The directory of a small file can name the same bytes a million times."""
     path = tmp_path / "a.pt"
@@ -295,6 +300,7 @@ def infected(value: Any, where: str) -> dict[str, Any]:
 
 @LEGACY
 @pytest.mark.parametrize("where", ["hyper_parameters", "callbacks", "in the place of a tensor"])
+@pytest.mark.fault(26)
 def test_infected_checkpoints_run_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, legacy: bool
 ) -> None:
@@ -313,6 +319,7 @@ def test_infected_checkpoints_run_nothing(
 
 
 @LEGACY
+@pytest.mark.fault(26, 65)
 def test_random_damage_of_the_pickle_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
 ) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hypothesis import strategies as st
+
+from pgm_scale.errors import UserError
 
 Damage = Callable[[bytes], bytes]
 
@@ -33,3 +36,14 @@ def damages(draw: st.DrawFn) -> Damage:
 
     damage.__qualname__ = f"{kind} at {place} (bit {bit}, {size} bytes, {fill!r})"  # for hypothesis' report
     return damage
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """What a function gives, or the one short line with which it refuses; else is a fault."""
+    try:
+        return function(*arguments), None
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert 0 < len(message) < 2000, message
+    return None, message

@@ -23,7 +23,7 @@ from pgm_scale.data.readers import read_shard
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import UserError
 from tests.data.conftest import LENGTH_TOKENS, Split, make_pixel_split, make_split
-from tests.data.damage import Damage, damages
+from tests.data.damage import Damage, attempt, damages
 
 ROWS = (5, 3)
 SHARDS = {"mds": "shard-00001.mds", "tar": "shard-00001.tar"}
@@ -51,13 +51,7 @@ def everything(folder: Path) -> tuple[DatasetManifest, bytes, list[bytes]]:
 
 def refused(folder: Path) -> str | None:
     """The one line, or None if the split can be used."""
-    try:
-        everything(folder)
-    except UserError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 2000
-        return str(error)
-    return None
+    return attempt(everything, folder)[1]
 
 
 @pytest.mark.fault(19)
@@ -102,11 +96,9 @@ def test_every_flipped_bit_of_the_manifest(splits: dict[str, Split], kind: str) 
                 text = flipped.decode()
             except UnicodeDecodeError:
                 continue  # `load` refuses it
-            try:
-                assert DatasetManifest.from_json(text, "here") == manifest, (place, bit)
-                taken += 1
-            except UserError as error:
-                assert "\n" not in str(error)
+            read, _ = attempt(DatasetManifest.from_json, text, "here")
+            assert read in (None, manifest), (place, bit)
+            taken += read is not None
     assert taken < len(content)  # white space for white space
 
 
@@ -168,11 +160,9 @@ def test_wild_values_in_a_manifest_without_a_hash(splits: dict[str, Split], kind
             for key in place[:-1]:
                 parent = parent[key]
             parent[place[-1]] = value
-            try:
-                manifest = DatasetManifest.from_json(json.dumps(changed), "here")
-            except UserError as error:
-                assert "\n" not in str(error)
-                assert len(str(error)) < 500
+            manifest, message = attempt(DatasetManifest.from_json, json.dumps(changed), "here")
+            if message is not None:
+                assert len(message) < 500
                 continue
             GlobalOrder(manifest.rows_per_shard, 1, 2).locate(np.arange(3))
             assert manifest.differences(manifest, same_data=True) == []
@@ -213,11 +203,9 @@ def test_a_damaged_shard_whose_hash_is_right_is_rows_or_one_line(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / shard.name
         path.write_bytes(again(damage((split.folder / shard.name).read_bytes())))
-        try:
-            rows = read_shard(path, shard, split.manifest)
-        except UserError as error:
-            assert shard.name in str(error)
-            assert "\n" not in str(error)
+        rows, message = attempt(read_shard, path, shard, split.manifest)
+        if message is not None:
+            assert shard.name in message
         else:
             assert rows.tokens_RL.shape == (shard.rows, LENGTH_TOKENS)
             assert rows.tokens_RL.max() < split.manifest.vocabulary.size

@@ -71,6 +71,9 @@ def test_shards_are_decoded_once_an_epoch_and_memory_is_bounded(split: Split, mo
     assert sorted(names) == sorted(shard.name for shard in split.manifest.shards)
 
 
+@pytest.mark.fault(19)
+@pytest.mark.fault(21)
+@pytest.mark.fault(58)
 @pytest.mark.parametrize("fault", ["flip", "truncate", "missing"])
 def test_a_bad_local_shard_is_named_on_every_run(split: Split, fault: str) -> None:
     loader = open_loader(split, shuffle=False)  # the manifest was fine when the run started
@@ -111,6 +114,7 @@ def stream_of(split: Split, start: int = 0, stop: int = 6, plan: BatchPlan | Non
     return BatchStream(open_loader(split), plan, start_step=start, stop_step=stop, **options)
 
 
+@pytest.mark.fault(23)
 def test_resumed_stream_continues_exactly(split: Split) -> None:
     """432 rows, so 12 steps of 48 cross into the second epoch; the cut lies inside a block."""
     with stream_of(split, 0, 12) as stream:
@@ -124,6 +128,7 @@ def test_resumed_stream_continues_exactly(split: Split) -> None:
         np.testing.assert_array_equal(batch.sample_numbers_B, expected.sample_numbers_B)
 
 
+@pytest.mark.fault(23)
 def test_two_ranks_see_what_one_sees(split: Split) -> None:
     with stream_of(split, 1, 2) as stream:
         one = list(stream)

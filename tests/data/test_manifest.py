@@ -65,6 +65,7 @@ def test_only_pixels_are_stored_as_bytes(split: Split, pixel_split: Split) -> No
     assert DatasetManifest.from_json(codes.to_json(), "here") == codes
 
 
+@pytest.mark.fault(21)
 def test_all_missing_shards_are_listed(split: Split) -> None:
     for shard in split.manifest.shards[1:3]:
         (split.folder / shard.name).unlink()
@@ -72,6 +73,7 @@ def test_all_missing_shards_are_listed(split: Split) -> None:
         DatasetManifest.load(split.folder)
 
 
+@pytest.mark.fault(21)
 def test_no_manifest(tmp_path) -> None:
     with pytest.raises(UserError, match=r"dataset\.json: cannot read .*No such file"):
         DatasetManifest.load(tmp_path)
@@ -100,6 +102,7 @@ def test_garbled_manifest_is_one_line_that_names_the_file(split: Split, change, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("name", ["../shard.mds", "/etc/passwd", "a/b", ".hidden", ""])
 def test_shard_names_cannot_leave_the_folder(split: Split, name: str) -> None:
     first = dataclasses.replace(split.manifest.shards[0], name=name)
@@ -108,6 +111,8 @@ def test_shard_names_cannot_leave_the_folder(split: Split, name: str) -> None:
         DatasetManifest.from_json(bad.to_json(), "here")
 
 
+@pytest.mark.fault(21)
+@pytest.mark.fault(50)
 def test_truncated_or_binary_manifest(split: Split) -> None:
     path = split.folder / "dataset.json"
     path.write_bytes(path.read_bytes()[:100])

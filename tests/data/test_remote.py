@@ -7,7 +7,13 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
+import re
+import resource
+import signal
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pgm_scale.data.loader import TokenLoader
 from pgm_scale.data.manifest import ImageContent
@@ -22,6 +30,7 @@ from pgm_scale.data.order import GlobalOrder
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import UserError
 from tests.data.conftest import Split, flip_bit, make_split
+from tests.data.damage import Damage, attempt, damages
 
 URL = "s3://tokens/set/train"
 
@@ -137,6 +146,7 @@ def test_the_vq_tokenizer_of_image_codes_comes_along_and_is_verified(
             storage.tokenizer_path()
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_corrupt_cached_shard_is_fetched_again_on_every_run(
     store: Store, split: Split, tmp_path, damage
@@ -152,6 +162,7 @@ def test_corrupt_cached_shard_is_fetched_again_on_every_run(
         assert store.gets("shard-00001.tar") == run + 2
 
 
+@pytest.mark.fault(19)
 def test_shard_corrupt_in_the_store_is_named_always(store: Store, split: Split, tmp_path) -> None:
     path = split.folder / "shard-00001.tar"
     flip_bit(path)
@@ -163,6 +174,7 @@ def test_shard_corrupt_in_the_store_is_named_always(store: Store, split: Split, 
         assert not list((tmp_path / "cache").rglob("shard-00001.tar"))
 
 
+@pytest.mark.fault(22)
 def test_partial_body_is_fetched_again(store: Store, split: Split, tmp_path) -> None:
     from werkzeug.wrappers import Response
 
@@ -178,6 +190,7 @@ def test_partial_body_is_fetched_again(store: Store, split: Split, tmp_path) -> 
     assert store.gets("shard-00000.tar") == 2
 
 
+@pytest.mark.fault(22)
 def test_store_that_fails_twice_then_works(store: Store, split: Split, tmp_path) -> None:
     from werkzeug.wrappers import Response
 
@@ -194,6 +207,7 @@ def test_store_that_fails_twice_then_works(store: Store, split: Split, tmp_path)
     assert len(failures) == 2
 
 
+@pytest.mark.fault(22)
 def test_store_that_hangs_times_out(store: Store, split: Split, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("pgm_scale.data.fetching.DOWNLOAD_TIMEOUT_S", 0.2)
     released = threading.Event()
@@ -210,6 +224,7 @@ def test_store_that_hangs_times_out(store: Store, split: Split, tmp_path, monkey
         released.set()
 
 
+@pytest.mark.fault(22)
 def test_refused_shard_is_named_and_not_retried(store: Store, split: Split, tmp_path) -> None:
     from werkzeug.wrappers import Response
 
@@ -220,6 +235,7 @@ def test_refused_shard_is_named_and_not_retried(store: Store, split: Split, tmp_
     assert len(refused) == 1
 
 
+@pytest.mark.fault(21)
 def test_all_absent_remote_shards_are_listed_at_the_start(store: Store, split: Split, tmp_path) -> None:
     for shard in split.manifest.shards:
         store.client.delete_object(Bucket="tokens", Key=f"set/train/{shard.name}")
@@ -227,6 +243,7 @@ def test_all_absent_remote_shards_are_listed_at_the_start(store: Store, split: S
         SplitStorage(URL, tmp_path / "cache")
 
 
+@pytest.mark.fault(22)
 def test_store_that_cannot_be_listed_still_works(store: Store, split: Split, tmp_path, caplog) -> None:
     from werkzeug.wrappers import Response
 
@@ -264,3 +281,223 @@ def test_processes_of_a_node_share_one_download(store: Store, split: Split, tmp_
         process.join()
     assert sums == {np.concatenate(split.tokens).astype(np.int64).sum()}
     assert store.gets("shard-00000.tar") == store.gets("shard-00001.tar") == 1
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize(("status", "requests"), [(503, 6), (404, 1), (302, 2)], ids=str)
+def test_a_store_that_is_busy_is_asked_again_and_one_that_refuses_is_not(
+    store: Store, split: Split, tmp_path, monkeypatch, status: int, requests: int
+) -> None:
+    """Its client asks three times, and we start that anew after the delay; a redirect is followed once."""
+    from werkzeug.wrappers import Response
+
+    monkeypatch.setattr("pgm_scale.data.fetching.RETRY_DELAYS_S", (0.0,))
+    storage = SplitStorage(URL, tmp_path / "cache")
+    location = {"Location": "/tokens/set/train/shard-00000.tar"} if status == 302 else {}
+    store.answer = lambda _, path: (
+        Response(status=status, headers=location) if path.endswith("shard-00000.tar") else None
+    )
+    store.requests.clear()
+    with pytest.raises(UserError, match=rf"{URL}/shard-00000\.tar: cannot be fetched \(.*; check") as caught:
+        storage.shard_path(storage.manifest.shards[0])
+    assert "\n" not in str(caught.value)
+    assert sum(request.endswith("shard-00000.tar") for request in store.requests) == requests
+    store.answer = None
+    assert (
+        storage.shard_path(storage.manifest.shards[0]).read_bytes()
+        == (split.folder / "shard-00000.tar").read_bytes()
+    )
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_body_that_is_shorter_than_it_says_or_never_ends(
+    store: Store, split: Split, tmp_path, monkeypatch, hangs: bool
+) -> None:
+    from werkzeug.wrappers import Response
+
+    monkeypatch.setattr("pgm_scale.data.fetching.DOWNLOAD_TIMEOUT_S", 0.3)
+    content = (split.folder / "shard-00000.tar").read_bytes()
+    released = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        yield content[:500]
+        if hangs:
+            released.wait(60)
+
+    def answer(method: str, path: str) -> Any:
+        if method == "GET" and path.endswith("shard-00000.tar"):
+            return Response(body(), headers={"Content-Length": str(len(content))})
+        return None
+
+    store.answer = answer
+    try:
+        with pytest.raises(
+            UserError, match=r"shard-00000\.tar: cannot be fetched \((IncompleteRead|ReadTimeout)"
+        ):
+            read_all(tmp_path / "cache")
+    finally:
+        released.set()
+    assert not list((tmp_path / "cache").rglob("shard-00000.tar"))  # nothing half is taken for whole
+    store.answer = None
+    np.testing.assert_array_equal(read_all(tmp_path / "cache"), np.concatenate(split.tokens))
+
+
+@pytest.mark.fault(22)
+def test_missing_credentials_are_one_line_at_once(store: Store, split: Split, tmp_path, monkeypatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    store.requests.clear()
+    with pytest.raises(UserError, match=r"dataset\.json: cannot be fetched .*[Cc]redentials"):
+        SplitStorage(URL, tmp_path / "cache")
+    assert store.requests == []
+
+
+@pytest.mark.fault(19)
+@pytest.mark.fault(22)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages(), name=st.sampled_from(["shard-00000.tar", "shard-00001.tar", "tokenizer.json"]))
+def test_any_damage_in_the_cache_is_never_served(
+    store: Store, split: Split, tmp_path: Path, damage: Damage, name: str
+) -> None:
+    def serve() -> tuple[bytes, bytes]:
+        storage = SplitStorage(URL, tmp_path / "cache")
+        tokens = read_all(tmp_path / "cache")
+        return storage.tokenizer_path().read_bytes(), tokens.astype(np.uint16).tobytes()
+
+    expected = (split.folder / "tokenizer.json").read_bytes(), np.concatenate(split.tokens).tobytes()
+    assert serve() == expected
+    path = cached(tmp_path / "cache", name)
+    path.write_bytes(damage(path.read_bytes()))
+    assert serve() == expected
+
+
+@pytest.mark.fault(19)
+@pytest.mark.fault(22)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    damage=damages(),
+    name=st.sampled_from(["dataset.json", "shard-00000.tar", "shard-00001.tar", "tokenizer.json"]),
+)
+def test_any_damage_in_the_store_is_found_or_changes_nothing(
+    store: Store, split: Split, damage: Damage, name: str
+) -> None:
+    whole = (split.folder / name).read_bytes()
+    damaged = damage(whole)
+
+    def serve(cache: Path) -> tuple[Any, np.ndarray]:
+        storage = SplitStorage(URL, cache)
+        storage.tokenizer_path()
+        return storage.manifest, read_all(cache)
+
+    store.client.put_object(Bucket="tokens", Key=f"set/train/{name}", Body=damaged)
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            for _ in range(2):
+                served, message = attempt(serve, Path(cache))
+                if message is None:
+                    assert served[0] == split.manifest
+                    np.testing.assert_array_equal(served[1], np.concatenate(split.tokens))
+                    assert damaged == whole or name == "dataset.json"  # its white space
+                else:
+                    assert name in message
+    finally:
+        store.client.put_object(Bucket="tokens", Key=f"set/train/{name}", Body=whole)
+
+
+@pytest.mark.fault(57)
+@pytest.mark.parametrize("junk", ["folder", "fifo", "link"])
+def test_junk_in_the_place_of_a_cached_file_is_replaced(
+    store: Store, split: Split, tmp_path: Path, junk: str
+) -> None:
+    read_all(tmp_path / "cache")
+    SplitStorage(URL, tmp_path / "cache").tokenizer_path()
+    precious = tmp_path / "precious"
+    precious.write_text("not ours")
+    for path in (
+        cached(tmp_path / "cache", "shard-00001.tar"),
+        cached(tmp_path / "cache", "tokenizer.json"),
+        cached(tmp_path / "cache", "tokenizer.json").with_name(".shard-00001.tar.writing"),
+    ):
+        path.unlink(missing_ok=True)
+        if junk == "folder":
+            (path / "inside").mkdir(parents=True)
+        elif junk == "fifo":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(precious)
+    np.testing.assert_array_equal(read_all(tmp_path / "cache"), np.concatenate(split.tokens))
+    assert SplitStorage(URL, tmp_path / "cache").tokenizer_path().read_text() == "{}"
+    assert precious.read_text() == "not ours"
+
+
+@pytest.mark.fault(57)
+def test_a_cache_that_cannot_be_written_or_has_no_room(store: Store, split: Split, tmp_path: Path) -> None:
+    """By another user, as nothing is forbidden to root, and by a limit on the size of files."""
+    import streaming.base.storage  # noqa: F401  (before the forks)
+
+    read_all(tmp_path / "cache")
+    folder = cached(tmp_path / "cache", "shard-00001.tar").parent
+    for path in (tmp_path / "cache").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    for parent in (tmp_path, *tmp_path.parents[:-1]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    told = in_fork(lambda: (os.setuid(65534), read_all(tmp_path / "cache")))
+    assert re.fullmatch(rf"{folder}: the cache cannot be written \(Permission denied\); .*", told)
+    assert cached(tmp_path / "cache", "shard-00001.tar").exists()
+    limit = 4096
+    told = in_fork(
+        lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), read_all(tmp_path / "other"))
+    )
+    assert re.fullmatch(
+        r".*shard-00000\.tar: cannot be fetched \(OSError: .*File too large.*room in .*", told
+    )
+
+
+def in_fork(function: Callable[[], Any]) -> str:
+    """What a child process is told when it does that."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        try:
+            sending.send(attempt(function)[1] or "nothing")
+        except BaseException as error:
+            sending.send(f"{type(error).__name__}: {error}")
+        os._exit(0)
+    assert receiving.poll(60)
+    os.waitpid(child, 0)
+    return str(receiving.recv())
+
+
+@pytest.mark.fault(57)
+def test_a_stopped_process_that_holds_a_file_of_the_cache_is_named(
+    store: Store, split: Split, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    """It may be fetching for long, so it is waited for; but who waits says for whom."""
+    from pgm_scale.data import fetching
+
+    lock = tmp_path / ".shard.lock"
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        with fetching.locked(lock):
+            sending.send("held")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    assert receiving.recv() == "held"
+    os.waitpid(child, os.WUNTRACED)  # until it is stopped
+    monkeypatch.setattr(fetching, "_LOCK_WARNING_S", 0.1)
+
+    def wake() -> None:
+        while "held by process" not in caplog.text:
+            time.sleep(0.02)
+        os.kill(child, signal.SIGCONT)
+
+    waker = threading.Thread(target=wake, daemon=True)
+    waker.start()
+    with fetching.locked(lock):
+        waker.join(30)
+    os.waitpid(child, 0)
+    assert f"{lock}: held by process {child} on" in caplog.text

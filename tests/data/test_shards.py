@@ -47,6 +47,7 @@ def test_pixels_and_labels_round_trip(pixel_split: Split) -> None:
         assert (valid_lengths_R == LENGTH_TOKENS).all()
 
 
+@pytest.mark.fault(56)
 def test_a_label_without_a_class_and_a_shard_without_labels(pixel_split: Split) -> None:
     shard = pixel_split.manifest.shards[0]
     images = dataclasses.replace(PIXELS, class_names=CLASS_NAMES[:2])
@@ -184,6 +185,7 @@ def test_webdataset_reads_our_tar(tmp_path: Path) -> None:
     np.testing.assert_array_equal([length for _, length in rows], np.concatenate(split.valid_lengths))
 
 
+@pytest.mark.fault(20)
 def test_truncation_anywhere_is_an_error_even_without_the_hash(split: Split) -> None:
     """A tar that ends at a member boundary, too, which tar readers take for a clean end."""
     path = split.folder / split.manifest.shards[0].name
@@ -205,6 +207,7 @@ def test_wrong_row_count_is_an_error(split: Split, rows: int) -> None:
         read_shard(split.folder / shard.name, shard, split.manifest)
 
 
+@pytest.mark.fault(56)
 def test_wrong_length_and_token_out_of_vocabulary(split: Split) -> None:
     shard = split.manifest.shards[0]
     longer = dataclasses.replace(split.manifest, length_tokens=LENGTH_TOKENS + 1)
@@ -229,6 +232,7 @@ GOOD = [
 PICKLE = _npy(np.array([Path()], dtype=object), allow_pickle=True)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     "members",
     [

@@ -91,6 +91,7 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, **fields: ob
     return member
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     ("last", "named"),
     [
@@ -121,6 +122,7 @@ def test_hostile_members_are_refused_by_name(tmp_path: Path, last: tarfile.TarIn
     assert sorted(tmp_path.parent.rglob("*")) == sorted([*before, path])
 
 
+@pytest.mark.fault(27)
 def test_a_size_that_an_extended_header_declares(tmp_path: Path) -> None:
     """The plain header of the member, which comes after it, says 0."""
     last = header("9.jpg", pax_headers={"size": str(1 << 41)})
@@ -129,6 +131,7 @@ def test_a_size_that_an_extended_header_declares(tmp_path: Path) -> None:
         read(tmp_path / "a.tar", content)
 
 
+@pytest.mark.fault(20)
 def test_every_cut_is_noticed(tmp_path: Path) -> None:
     """Also at a boundary of members, and in the header of one, where tarfile sees a clean end."""
     content = archive(MEMBERS, format=tarfile.USTAR_FORMAT)
@@ -171,6 +174,7 @@ def test_incomplete_samples_are_named(tmp_path: Path, members: list[tuple[str, b
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(27)
 def test_a_key_that_comes_again_is_named(tmp_path: Path) -> None:
     again = [*MEMBERS, ("train/1.jpg", JPEGS[0]), ("train/1.cls", b"1")]
     with pytest.raises(UserError, match=r"sample 'train/1' comes again with 'train/1\.jpg'"):
@@ -179,6 +183,7 @@ def test_a_key_that_comes_again_is_named(tmp_path: Path) -> None:
     assert read(tmp_path / "a.tar", archive(hidden)) == EXPECTED
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)]
 )
@@ -202,6 +207,7 @@ def pax(content: bytes) -> bytes:
     return header("x", tarfile.XHDTYPE, len(content)).tobuf() + content + bytes(-len(content) % 512)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     "headers",
     [

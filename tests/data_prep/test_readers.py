@@ -102,6 +102,7 @@ def test_long_text_is_cut_at_newlines_then_spaces_then_anywhere():
             assert all(p.startswith(unit) for p in [*pieces, rest])
 
 
+@pytest.mark.fault(59)
 def test_a_huge_line_is_read_in_pieces(tmp_path):
     path = tmp_path / "a.txt.gz"
     text = "no end " * 200_000

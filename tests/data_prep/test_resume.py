@@ -112,6 +112,7 @@ def test_the_number_of_workers_changes_no_byte(text_folder, tmp_path):
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
+@pytest.mark.fault(51)
 @pytest.mark.usefixtures("no_processes")
 @pytest.mark.parametrize(
     ("shard_format", "workers", "moments"),

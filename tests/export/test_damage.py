@@ -58,6 +58,7 @@ def flip(path: Path, place: int) -> None:
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, "tokenizer.json"])
 @pytest.mark.parametrize("place", [-1, -40])
+@pytest.mark.fault(65)
 def test_a_flipped_byte(whole: Path, name: str, place: int) -> None:
     pgm_scale.load(str(whole))
     flip(whole / name, place)
@@ -65,6 +66,7 @@ def test_a_flipped_byte(whole: Path, name: str, place: int) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 5000, -1])
+@pytest.mark.fault(65)
 def test_a_cut_file(whole: Path, kept: int) -> None:
     data = (whole / WEIGHTS_NAME).read_bytes()
     (whole / WEIGHTS_NAME).write_bytes(data[:kept])
@@ -115,6 +117,7 @@ def test_a_folder_without_checksums_is_loaded(whole: Path) -> None:
         ),
     ],
 )
+@pytest.mark.fault(25)
 def test_weights_of_another_model(whole: Path, change: Any, message: str) -> None:
     (whole / CHECKSUMS_NAME).unlink()
     tensors = load_file(whole / WEIGHTS_NAME)
@@ -124,6 +127,7 @@ def test_weights_of_another_model(whole: Path, change: Any, message: str) -> Non
         pgm_scale.load(str(whole))
 
 
+@pytest.mark.fault(25)
 def test_a_name_of_another_program(whole: Path) -> None:
     save_file({"model.weight": torch.zeros(2)}, whole / WEIGHTS_NAME)
     refused(whole, r"model\.weight does not start with backbone\.")
@@ -166,6 +170,7 @@ def test_a_name_of_another_program(whole: Path) -> None:
         (("description", "model", "dropout"), 10**400, "is damaged: .*dropout: expected float"),
     ],
 )
+@pytest.mark.fault(65)
 def test_a_config_that_is_no_model(whole: Path, keys: tuple[str, ...], value: Any, message: str) -> None:
     edit_config(whole, *keys, value=value)
     refused(whole, message)
@@ -185,6 +190,7 @@ def test_a_grid_that_rows_do_not_fill(tmp_path: Path) -> None:
     refused(tmp_path / "m", "is not BOS and a grid of 1000000000 a side")
 
 
+@pytest.mark.fault(65)
 def test_a_config_that_asks_for_too_much_takes_no_memory(whole: Path) -> None:
     """Shapes are compared before the model is built: this one would have 10^12 weights."""
     edit_config(whole, "description", "model", "hidden_size", value=1 << 18)
@@ -193,6 +199,7 @@ def test_a_config_that_asks_for_too_much_takes_no_memory(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\x00", "{}", "[" * 100_000])
+@pytest.mark.fault(65)
 def test_a_config_that_is_no_json(whole: Path, text: str) -> None:
     (whole / CONFIG_NAME).write_text(text)
     refused(whole, r"cannot read .*config\.json|is not of an exported model")

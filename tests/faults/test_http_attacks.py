@@ -6,6 +6,7 @@ import json
 import random
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,21 @@ class Server:
     def connect(self) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=20)
 
-    def raw(self, data: bytes) -> bytes:
+    def raw(self, data: bytes, then_closes: bool = False) -> bytes:
         """All that the server says to these bytes, until it closes."""
         with self.connect() as client:
-            try:
+            with suppress(OSError):  # it has closed already
                 client.sendall(data)
-                client.shutdown(socket.SHUT_WR)
-            except OSError:  # it has closed already
-                pass
+                if then_closes:
+                    client.shutdown(socket.SHUT_WR)
             return read_all(client)
 
 
 def read_all(client: socket.socket) -> bytes:
     parts = []
-    try:
+    with suppress(ConnectionResetError):
         while part := client.recv(1 << 16):
             parts.append(part)
-    except ConnectionResetError:
-        pass
     return b"".join(parts)
 
 
@@ -73,7 +71,8 @@ def refused(answer: bytes) -> int:
     status = int(head.split()[1])
     assert 400 <= status < 500, answer
     error = json.loads(body)["error"]
-    assert error["message"] and error["type"] == "invalid_request_error", answer
+    assert error["type"] == "invalid_request_error", answer
+    assert error["message"]
     return status
 
 
@@ -95,10 +94,29 @@ _VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-_FIELDS = (
-    "prompt max_tokens stop stream stream_options echo logprobs suffix best_of frequency_penalty logit_bias "
-    "template segments classes guidance model n seed temperature top_p top_k steps sampler user surprise"
-).split()
+_FIELDS = [
+    "prompt",
+    "max_tokens",
+    "stop",
+    "stream",
+    "stream_options",
+    "echo",
+    "logprobs",
+    "suffix",
+    "best_of",
+]
+_FIELDS += [
+    "frequency_penalty",
+    "logit_bias",
+    "template",
+    "segments",
+    "classes",
+    "guidance",
+    "model",
+    "n",
+    "seed",
+]
+_FIELDS += ["temperature", "top_p", "top_k", "steps", "sampler", "user", "surprise"]
 
 
 @pytest.mark.fault(62)
@@ -143,14 +161,14 @@ def test_bytes_that_are_no_json(server: Server) -> None:
     "data",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),  # TLS
-        b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 6\r\n\r\nabcde",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n{}",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 50 + b"\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + b"f" * 50
+        + b"\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 200_000 + b"\r\n\r\n",
         b"\r\n" * 1000 + b"\0",
         b"GET /\xff\x00 HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -159,21 +177,20 @@ def test_bytes_that_are_no_json(server: Server) -> None:
     ],
 )
 def test_what_is_no_http_is_refused(server: Server, data: bytes) -> None:
-    answer = server.raw(data)
+    answer = server.raw(data, then_closes=True)
     assert not answer or refused(answer)  # nothing: the client closed in the middle
     server.check()
 
 
 @pytest.mark.fault(62)
-def test_a_body_without_end_is_cut_off(server: Server) -> None:
+def test_a_body_without_end_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 MB of it are sent; 1 MiB may be."""
+    monkeypatch.setattr(Connection, "head_s", 0.5)
     with server.connect() as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
-        try:
+        with suppress(OSError):
             for _ in range(160):
                 client.sendall(b"10000\r\n" + b" " * 65_536 + b"\r\n")
-        except OSError:
-            pass
         answer = read_all(client)
     assert not answer or refused(answer) == 413  # or reset, as its bytes are not read
     server.check()
@@ -187,7 +204,7 @@ def test_pipelined_requests_are_answered_in_turn(server: Server) -> None:
         client.sendall(one * 3 + b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         answer = read_all(client)
     assert answer.count(b"HTTP/1.1 200") == 4
-    assert answer.count(json.dumps(server.answer).encode()[1:-1]) == 3 or len(server.answer) == 0
+    assert answer.count(json.dumps(server.answer, ensure_ascii=False).encode()) == 3
 
 
 @pytest.mark.fault(63)
@@ -231,6 +248,7 @@ def test_a_body_that_drips_is_refused_in_time(tmp_path: Path) -> None:
     with served(text_service(tmp_path, timeout_s=0.5)) as address:
         server = Server(address)
         with server.connect() as client:
-            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
-            assert refused(client.recv(1 << 16)) == 408
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 100\r\n\r\n"
+            client.sendall(head + b"{")
+            assert refused(read_all(client)) == 408
         server.check()

@@ -1,10 +1,12 @@
-"""Where a command speaks may be gone, full or closed: training goes on, and a result that is not whole is refused."""
+"""Where a command speaks may be gone, full or closed: training goes on, and half a result is refused."""
 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,11 +35,13 @@ def test_a_training_outlives_the_reader_of_what_it_says(data: Path, tmp_path: Pa
     assert saved(run) == [steps(run)[-1]]
 
 
-def test_a_training_outlives_a_full_disk_under_its_log(data: Path, tmp_path: Path) -> None:
+def test_a_training_outlives_its_terminal(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open("/dev/full", "w") as full:
-        process = start(["train", config_file(data, run)], stdout=full, stderr=full)
-        assert process.wait(100) == 0
+    terminal, its = os.openpty()
+    process = start(["train", config_file(data, run)], stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    os.close(terminal)  # from here on each write fails with EIO
+    assert process.wait(100) == 0
     assert saved(run) == [3, 6]
 
 
@@ -57,10 +61,11 @@ def test_closed_streams_are_no_files_of_the_run(data: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("command", ["config", "runs"])
 def test_a_result_that_cannot_be_written_is_one_line(data: Path, tmp_path: Path, command: str) -> None:
     words = [command, config_file(data, tmp_path / "run") if command == "config" else str(tmp_path)]
-    with open("/dev/full", "w") as full:
-        codes, (said,) = ends([start(words, stdout=full)])
+    with open(tmp_path / "out", "w") as out:
+        full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))  # as a disk without room
+        codes, (said,) = ends([start(words, stdout=out, preexec_fn=full)])
     assert codes == [2]
-    assert said == "stdout cannot be written (No space left on device): the output is not complete\n"
+    assert said == "stdout cannot be written (File too large): the output is not complete\n"
 
 
 def test_head_ends_a_long_table_without_a_traceback(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_exit_codes(tmp_path: Path, main: str, code: int) -> None:
     assert ("Traceback" in done.stderr) is ("1 / 0" in main)
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     "main",
     [
@@ -96,6 +97,7 @@ def test_what_it_prints_and_writes_holds_no_secret(tmp_path: Path, main: str) ->
     assert SECRET not in done.stdout + done.stderr + written
 
 
+@pytest.mark.fault(15)
 def test_files_of_a_task(tmp_path: Path) -> None:
     """Those of task 0 and of another; what a killed task has left half written goes away, if it is its own."""
     for name in (

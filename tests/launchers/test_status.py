@@ -125,7 +125,7 @@ def test_the_same_id_of_another_job_is_not_this_one(jobs: Path) -> None:
     ("codes", "attempts", "state", "reason"),
     [
         ([0, 0], [], "COMPLETED", ""),
-        ([0, 3], [], "FAILED", "exit code 3: a loss or gradient that is not finite"),
+        ([0, 3], [], "FAILED", "exit code 3: a loss or gradient that is not finite, or a spike"),
         ([4, 137], [], "FAILED", "exit code 137: killed by signal 9"),
         ([0, 0], [(0, 0)], "COMPLETED", ""),
         ([0, 0], [(0, 143)], "FAILED", "exit code 143: killed by signal 15"),

@@ -73,6 +73,7 @@ def test_a_distillation_may_follow_its_teacher(cluster: str) -> None:
     assert following.jobs[0].run_folder == "/runs/student"
 
 
+@pytest.mark.fault(28)
 def test_secrets_are_refused(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
     tree = yaml.safe_load(Path(cluster).read_text())
@@ -84,6 +85,7 @@ def test_secrets_are_refused(cluster: str, tmp_path: Path, monkeypatch: pytest.M
     assert "0123456789abcdef" not in str(caught.value)
 
 
+@pytest.mark.fault(28)
 def test_a_pickle_holds_words_only(cluster: str) -> None:
     (job,) = stage(cluster).jobs
     assert pickle.loads(pickle.dumps(job)) == job

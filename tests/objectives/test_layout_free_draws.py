@@ -113,6 +113,7 @@ def assert_same_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarr
         assert actual[name].tobytes() == values.tobytes(), name
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("inputs_of", ["training_inputs", "validation_inputs"])
 @pytest.mark.parametrize("kind", CONFIGS)
 @settings(max_examples=30, deadline=None)

@@ -43,6 +43,16 @@ def test_a_batch_script_without_srun_is_a_single_process() -> None:
     assert find_launch({}).world_size == 1
 
 
+@pytest.mark.fault(48)
+@pytest.mark.parametrize(
+    "broken",
+    [{"RANK": "8"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "-1"}, {"MASTER_PORT": "70000"}],
+)
+def test_numbers_that_cannot_be_are_one_line(broken: dict) -> None:
+    with pytest.raises(UserError, match=r"the launcher's environment says .*, which cannot be; start with"):
+        find_launch(TORCHRUN | broken)
+
+
 @pytest.mark.parametrize("broken", [{"WORLD_SIZE": "eight"}, {"MASTER_PORT": None}])
 def test_an_incomplete_environment_is_one_line(broken: dict) -> None:
     environment = {k: v for k, v in (TORCHRUN | broken).items() if v is not None}

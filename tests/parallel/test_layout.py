@@ -89,6 +89,7 @@ def test_sound_layouts_have_no_problems(config: RunConfig, world_size: int) -> N
         (_config(VQModelConfig(), pipeline=2), 2, ["pipeline 2 exceeds the model's 1 units", "autoencoder"]),
     ],
 )
+@pytest.mark.fault(24)
 def test_each_fault_is_one_line(config: RunConfig, world_size: int, parts: list[str]) -> None:
     (line,) = layout_problems(config, world_size)
     assert "\n" not in line
@@ -122,6 +123,7 @@ LINES = [
 ]
 
 
+@pytest.mark.fault(24)
 def test_all_faults_are_listed_at_once() -> None:
     values: dict[str, Any] = {key.removeprefix("parallel."): value for key, value in FAULTS.items()}
     problems = layout_problems(_config(TIMED, **values | {"stage_units": (2, 2, 2)}), 8)
@@ -144,6 +146,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("launched")
+@pytest.mark.fault(24)
 def test_the_command_lists_faults_of_config_and_layout_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -161,6 +164,7 @@ def test_the_command_lists_faults_of_config_and_layout_and_starts_nothing(
 
 
 @pytest.mark.usefixtures("launched")
+@pytest.mark.fault(24)
 def test_the_command_lists_faults_of_the_length_and_of_the_data_together(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_map_of_many_hosts_is_short() -> None:
     assert text.endswith("ranks 14-15 on gpu7; and 2 more hosts")
 
 
+@pytest.mark.fault(48)
 def test_missing_ranks_are_named_on_every_rank() -> None:
     port = free_port()
     told = meet([launch(rank, 8, port) for rank in (0, 2)], 6)
@@ -116,6 +117,7 @@ def test_an_unknown_host_is_named() -> None:
         join(launch(1, 2, 29500, address="nowhere.invalid"), 1)
 
 
+@pytest.mark.fault(48)
 def test_the_same_rank_twice() -> None:
     port = free_port()
     told = meet([launch(rank, 3, port) for rank in (0, 1, 1)], 60)
@@ -123,6 +125,15 @@ def test_the_same_rank_twice() -> None:
     for _, _, text in told:
         assert "rank 1 was started twice" in text
         assert all(f"host {HOST}, pid {pid}" in text for pid in pids)
+
+
+@pytest.mark.fault(48)
+def test_ranks_that_were_told_of_different_numbers_of_ranks() -> None:
+    """Both would wait for ranks that nobody starts, or go on with one that belongs to nobody."""
+    port = free_port()
+    for _, _, text in meet([launch(0, 2, port), launch(1, 3, port)], 60):
+        assert "was told of" in text
+        assert "give all processes the same WORLD_SIZE" in text
 
 
 def test_rank_0_twice() -> None:
@@ -133,6 +144,7 @@ def test_rank_0_twice() -> None:
         assert all(f"pid {pid}" in text for _, pid, _ in told)
 
 
+@pytest.mark.fault(48)
 def test_another_program_has_the_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -147,6 +159,7 @@ def serve(found: Launch, queue: Any) -> None:
     join(found, 60)
 
 
+@pytest.mark.fault(48)
 def test_a_stopped_rank_0_is_named() -> None:
     port = free_port()
     queue = PROCESSES.Queue()

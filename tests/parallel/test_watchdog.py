@@ -197,7 +197,9 @@ def stderr(folder: Path, rank: int) -> str:
 @pytest.mark.parametrize(
     ("body", "culprit", "code", "reason", "place"),
     [
-        (stopped, 1, -signal.SIGKILL, "is stopped by a signal", "stopped"),
+        pytest.param(
+            stopped, 1, -signal.SIGKILL, "is stopped by a signal", "stopped", marks=pytest.mark.fault(16)
+        ),
         (stopped_first, 0, -signal.SIGKILL, "is stopped by a signal", "stopped_first"),
         (asleep, 2, HUNG, "outside of any collective", "oversleep"),
         (holds_interpreter, 1, -signal.SIGABRT, "though its process runs", "holds_interpreter"),

@@ -27,6 +27,7 @@ def _file(folder: Path, name: str, age_s: float = _OLD_S) -> Path:
     return path
 
 
+@pytest.mark.fault(29)
 def test_only_known_old_and_unused_files_are_left_over(tmp_path: Path, dead_pid: int) -> None:
     left = {
         _file(tmp_path, "deepspeed_allreduce_buffer_0_1").name,
@@ -58,6 +59,7 @@ def test_a_file_that_a_process_maps_or_holds_is_in_use(tmp_path: Path, use: str)
     assert [leftover.path for leftover in leftovers(tmp_path)] == [path]
 
 
+@pytest.mark.fault(29)
 def test_the_row_names_owner_size_and_age(tmp_path: Path) -> None:
     room, *none = shared_memory_rows(1, tmp_path)
     assert (room.check, none) == ("shared memory", [])

@@ -112,6 +112,7 @@ def _train_on_a_full_disk(mesh: Mesh, config: RunConfig) -> list[str]:
     return mesh.gather(str(caught.value))
 
 
+@pytest.mark.fault(9)
 def test_a_failed_write_ends_all_ranks_within_a_step(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path, training={"steps": 30}, checkpoint={"interval_steps": 1})
     first, second = run_ranks(2, _train_on_a_full_disk, config)

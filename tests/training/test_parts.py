@@ -155,6 +155,7 @@ def _tracked_session(
     tracker.close(patience_s)
 
 
+@pytest.mark.fault(46)
 def test_a_tracker_that_hangs_does_not_keep_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_tracker_that_cannot_start_stops_a_first_session_only(
     assert isinstance(open_tracker(config, "abc123", tmp_path), NoTracker)
 
 
+@pytest.mark.fault(46)
 def test_a_tracker_that_dies_stops_nothing_and_catches_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

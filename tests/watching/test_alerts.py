@@ -65,6 +65,7 @@ def test_the_same_event_alerts_once_a_minute(tmp_path: Path, monkeypatch: pytest
     assert sorted(out.read_text().split()) == ["hung", "straggler", "straggler"]
 
 
+@pytest.mark.fault(49)
 def test_a_command_that_hangs_is_killed_with_all_its_children(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_command_that_hangs_is_killed_with_all_its_children(
     assert not any(map(_is_alive, started))
 
 
+@pytest.mark.fault(49)
 def test_what_the_command_leaves_behind_holds_nothing_up(tmp_path: Path) -> None:
     """It keeps the output open, which a pipe's reader would wait for."""
     pid = tmp_path / "pid"
@@ -95,6 +97,7 @@ def test_what_the_command_leaves_behind_holds_nothing_up(tmp_path: Path) -> None
     assert time.monotonic() - start_s < PATIENCE_S / 2
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("command", ["echo what is wrong; exit 3", "no-such-program-here"])
 def test_a_failing_command_is_logged_and_raises_nothing(
     tmp_path: Path, command: str, caplog: pytest.LogCaptureFixture

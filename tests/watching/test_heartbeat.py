@@ -32,7 +32,7 @@ def heartbeat(**changes: object) -> Heartbeat:
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     for written in (
         heartbeat(),
-        heartbeat(state="failed", exit_reason='hung: rank 1 "x"\\', job="12_3", run="Ünïcode\n\ud800"),
+        heartbeat(state="failed", exit_reason='hung: rank 1 "x"\\', job="12_3", run="Ünïcode\n"),
         heartbeat(mfu=0.41, last_checkpoint_step=3, slowest_rank_ratio=1.02, validation_perplexity=11.0),
     ):
         replace_file(tmp_path / HEARTBEAT_NAME, written.to_bytes())

@@ -159,6 +159,7 @@ DAMAGE: list[tuple[str, bytes | None]] = [
 ]
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize(("name", "content"), DAMAGE)
 @pytest.mark.parametrize("beats", [False, True])
 def test_damage_is_a_row_and_no_error(

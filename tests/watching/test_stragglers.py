@@ -115,6 +115,7 @@ def _train_slowly(
     return [json.loads(line) for line in lines], said
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("part", ["data", "compute"])
 def test_a_sleeping_rank_is_named(tmp_path: Path, part: str) -> None:
     """Five records of 4 steps, of one micro-batch: the first is the warm-up, and the next two may be chance."""

@@ -234,6 +234,7 @@ def _train_without_room(mesh: Mesh, config: RunConfig) -> list[str]:
     return warnings
 
 
+@pytest.mark.fault(49)
 def test_a_full_disk_is_said_once_and_training_goes_on(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     watching = {"prometheus_folder": str(tmp_path / "missing")}
@@ -312,6 +313,7 @@ def _rank_that_may_stop(launch: Launch, config: RunConfig, victim: int) -> None:
         os._exit(error.exit_code)
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_stopped_rank_is_told_by_one_that_lives(data: Path, tmp_path: Path, victim: int) -> None:
     """Real ranks. When rank 0 is stopped, rank 1 says what has become of the run."""

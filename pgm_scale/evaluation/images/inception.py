@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pgm_scale.convert.torch_file import refuse_compressed
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.features import FeatureRows
 from pgm_scale.files import sha256_file
@@ -83,6 +84,7 @@ def _network(path: Path) -> Any:
         ) from None
     safe = io.BytesIO()  # torch-fidelity would unpickle the file with whatever code is in it
     try:
+        refuse_compressed(path)
         torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
         safe.seek(0)
         return FeatureExtractorInceptionV3(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-import pickle
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from pgm_scale.convert.torch_file import open_torch_file
 from pgm_scale.errors import UserError
 from pgm_scale.evaluation.images.features import ImageFeatures
 from pgm_scale.evaluation.images.moments import Moments
 from pgm_scale.evaluation.images.work import write_file
+from pgm_scale.files import check_regular
 
+_MOST_BYTES = 1 << 30  # the covariance of 2048 features has 34 MB
 _NOT_MU_AND_COV = (ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -56,21 +57,25 @@ def read_statistics(path: Path, features: ImageFeatures) -> Moments:
 
 def _read_npz(path: Path) -> tuple[Moments, str | None, str | None]:
     try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > _MOST_BYTES:
+                raise ValueError(f"more than {_MOST_BYTES:,} bytes in it")
         with np.load(path, allow_pickle=False) as content:
             return (
                 Moments(content["mu"], content["cov"], int(content["count"]) or None),
                 str(content["features"]),
                 str(content["features_sha256"]) or None,
             )
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what a garbled file leads to has no base class
         raise _unreadable(path, error) from None
 
 
 def _read_pt(path: Path) -> tuple[Moments, str | None, str | None]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = open_torch_file(path)
         mean_F, covariance_FF = (content[key].double().numpy() for key in ("mu", "cov"))
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *_NOT_MU_AND_COV) as error:
+    except (UserError, *_NOT_MU_AND_COV) as error:
         raise _unreadable(path, error) from None
     return Moments(mean_F, covariance_FF, None), None, None
 

@@ -98,6 +98,7 @@ def test_missing_and_other_files_are_one_clear_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.fault(26)
 def test_code_in_a_weights_file_does_not_run(tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self) -> tuple[Any, ...]:

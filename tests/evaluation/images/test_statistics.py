@@ -61,6 +61,7 @@ def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
         read_statistics(tmp_path / "s.pt", Three())
 
 
+@pytest.mark.fault(26)
 def test_what_is_no_file_of_statistics_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no")
     (tmp_path / "empty.npz").touch()
