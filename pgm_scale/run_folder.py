@@ -349,12 +349,13 @@ def load_run(
         )
     store = CheckpointStore(run.path)
     for attempt in range(_READ_ATTEMPTS):
-        chosen, origin = choose_checkpoint(run, store, step, weights)
+        before = store.steps()
         try:
+            chosen, origin = choose_checkpoint(run, store, step, weights)
             values = store.read_full(chosen, origin.weights)
             break
         except UserError:  # training may have removed it just now, and have saved a newer one
-            if step is not None or store.folders.of(chosen).exists() or attempt == _READ_ATTEMPTS - 1:
+            if step is not None or store.steps() == before or attempt == _READ_ATTEMPTS - 1:
                 raise
     model = build_model(config.model, identity.vocabulary.size, identity.length_tokens)
     copy_weights(model, values, f"checkpoint {chosen} of {run.path}")

@@ -116,14 +116,14 @@ def list_pieces(path: Path) -> list[tuple[TensorKey, Piece]]:
                 )
             shapes = _shapes(json.loads(metadata["shapes"]))
             return [_piece(path, key, file.get_slice(key), shapes) for key in file.keys()]  # noqa: SIM118
-    # Of a header that was crafted; TensorSlice asserts.
+    # safetensors' RuntimeError: a file that has just gone. The others: a header that was crafted; TensorSlice asserts.
     except (
         SafetensorError,
         OSError,
+        RuntimeError,
         ValueError,
         LookupError,
         TypeError,
-        RecursionError,
         AssertionError,
     ) as error:
         raise UserError(f"{path}: not a readable fragment file ({error}); use another step") from None

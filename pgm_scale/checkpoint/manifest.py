@@ -135,8 +135,11 @@ def find_problems(
         return [Problem(MANIFEST_NAME, str(error))]
     if manifest.step != step:
         return [Problem(MANIFEST_NAME, f"belongs to step {manifest.step}")]
-    strangers = sorted({path.name for path in folder.glob("rank_*")} - set(manifest.rank_files))
-    problems = [Problem(name, "not in the manifest") for name in strangers]
+    try:
+        found = {path.name for path in folder.glob("rank_*")}
+    except FileNotFoundError:  # deleted meanwhile, by its run
+        return [Problem(MANIFEST_NAME, "missing")]
+    problems = [Problem(name, "not in the manifest") for name in sorted(found - set(manifest.rank_files))]
     return problems + _compare(folder, manifest.files[share::shares], _content_fault, progress)
 
 

@@ -137,7 +137,7 @@ def assemble(
                 for copy in parts:
                     progress(f"reading {path.name}")
                     copy.target.copy_(copy.region.cut(file.get_slice(copy.piece.key), copy.box))
-        except (OSError, SafetensorError) as error:  # purged, since its header was read
+        except (OSError, RuntimeError, SafetensorError) as error:  # purged, since its header was read
             raise UserError(f"{path}: cannot be read any more ({error}); use another step") from None
     return values
 
