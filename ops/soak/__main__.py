@@ -199,7 +199,9 @@ class Soaking:
         self._long_s += seconds
         self.soak.long_sessions.append(long)
         growths = [f"{long.growth(rank):.0f}" for rank in range(layout.ranks)]
-        self._say(f"long session ended at step {long.samples[0][-1].step}: bytes a step {', '.join(growths)}")
+        self._say(
+            f"long session ended with exit codes {long.outcome.exit_codes}: bytes a step {', '.join(growths)}"
+        )
         self._after(seed, folder, list(long.problems()))
 
     def _say(self, line: str) -> None:

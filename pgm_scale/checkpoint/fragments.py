@@ -116,7 +116,7 @@ def list_pieces(path: Path) -> list[tuple[TensorKey, Piece]]:
                 )
             shapes = _shapes(json.loads(metadata["shapes"]))
             return [_piece(path, key, file.get_slice(key), shapes) for key in file.keys()]  # noqa: SIM118
-    # safetensors' RuntimeError: a file that has just gone. The others: a header that was crafted; TensorSlice asserts.
+    # RuntimeError: a file that has just gone. The last four: a crafted header; TensorSlice asserts.
     except (
         SafetensorError,
         OSError,

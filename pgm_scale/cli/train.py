@@ -25,7 +25,17 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "under a bare srun with one task per GPU.",
     )
     add_config_arguments(parser)
+    _add_strict(parser)
     parser.set_defaults(run=_train)
+
+
+def _add_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse to go on when the newest checkpoint is bad, instead of falling back to an older one "
+        "(checkpoint.strict)",
+    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -41,6 +51,7 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         "The same command works under torchrun and srun, as `train` does.",
     )
     add_config_arguments(parser)
+    _add_strict(parser)
     parser.set_defaults(run=_distill)
 
 
@@ -75,7 +86,8 @@ def _run_until(stop: StopFlag, options: argparse.Namespace, distils: bool) -> No
 
     launch = find_launch()
     check = partial(layout_problems, world_size=launch.world_size)
-    config = configuration.load(options.config, options.overrides, check, fill_in_model)
+    overrides = [*options.overrides, *(["checkpoint.strict=true"] if options.strict else [])]
+    config = configuration.load(options.config, overrides, check, fill_in_model)
     if distils and config.objective.kind != "sdtt":
         raise UserError(
             "distill needs a configuration with objective.kind sdtt; use `pgm-scale train` for others"

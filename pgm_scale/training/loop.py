@@ -205,7 +205,7 @@ class TrainingRun:
         )
 
     def _resume(self, initial: WeightSource | None) -> int:
-        step = self.store.newest_verified()
+        step = self.store.newest_verified(self.config.checkpoint.strict)
         if step is not None:
             self._restore(step)
         elif initial is not None:

@@ -260,16 +260,27 @@ def test_a_shard_that_is_cut_while_its_rows_are_in_use(tmp_path: Path, kind: str
         loader.read(np.arange(200, 240))
 
 
+def wild_id(name: str, value: Any) -> dict[str, Any]:
+    return {name: value}
+
+
 def test_the_format_bounds_what_a_manifest_may_claim(splits: dict[str, Split]) -> None:
     manifest = splits["mds"].manifest
-    for changes, message in [
+    wild: list[tuple[dict[str, Any], str]] = [
         ({"length_tokens": 2**40}, "cannot hold 5 rows"),
         ({"documents": 2**54}, "documents is 18014398509481984, not a positive integer below"),
         ({"vocabulary": dataclasses.replace(manifest.vocabulary, size=2**25)}, "vocabulary.size .* is above"),
-        ({"vocabulary": dataclasses.replace(manifest.vocabulary, mask_id=1.0)}, "mask_id 1.0 is no id"),
-        ({"vocabulary": dataclasses.replace(manifest.vocabulary, bos_id=None)}, "bos_id None is no id"),
+        (
+            {"vocabulary": dataclasses.replace(manifest.vocabulary, **wild_id("mask_id", 1.0))},
+            "mask_id 1.0 is no id",
+        ),
+        (
+            {"vocabulary": dataclasses.replace(manifest.vocabulary, **wild_id("bos_id", None))},
+            "bos_id None is no id",
+        ),
         ({"tokenizer_sha256": "0"}, "bad tokenizer_sha256"),
         ({"packing": 3}, "packing is 3, not text"),
-    ]:
+    ]
+    for changes, message in wild:
         with pytest.raises(UserError, match=message):
             DatasetManifest.from_json(dataclasses.replace(manifest, **changes).to_json(), "here")

@@ -104,7 +104,7 @@ names = st.sampled_from(
 
 @pytest.mark.fault(3)
 @pytest.mark.fault(36)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(name=names, change=changes())
 def test_a_reader_gets_what_was_saved_or_an_error(
     run: Run, name: str, change: tuple[str, float, int]
@@ -122,7 +122,7 @@ def test_a_reader_gets_what_was_saved_or_an_error(
 
 
 @pytest.mark.fault(36)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(name=names, change=changes())
 def test_a_resume_goes_on_from_what_was_saved_or_is_refused(
     run: Run, name: str, change: tuple[str, float, int]

@@ -111,6 +111,23 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(run: Run, trained: Path
     assert sorted(os.listdir(run.checkpoints)) == [name for name in before if name != "quarantine"]
 
 
+@pytest.mark.fault(3)
+def test_a_flipped_bit_falls_back_or_is_refused_by_strict(run: Run) -> None:
+    path = run.step(4) / "rank_00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-99] ^= 4
+    path.write_bytes(data)
+    bad = "checkpoint step_00000004 is bad: rank_00000.safetensors: SHA-256 differs from the manifest"
+    strict = command(run.root / "said", "train", "--strict", run.root / "config.yaml", "training.steps=6")
+    strict.assert_refused(bad)
+    assert sorted(os.listdir(run.checkpoints)) == ["LATEST", "step_00000002", "step_00000004"]
+    outcome = run.go_on()
+    assert outcome.exit_code == 0, outcome.said
+    assert bad in outcome.said
+    assert "resumed from the checkpoint of step 2" in outcome.said
+    assert run.records() == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.fault(37)
 def test_strange_names_are_left_alone_and_count_for_nothing(run: Run) -> None:
     """A hidden backup, a number in another spelling, a copy under the name of a step that is still to come."""
