@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgm_scale.errors import UnstableError, Preempted, UserError
+from pgm_scale.errors import Preempted, UnstableError, UserError
 
 PREFLIGHT_REPORT = "preflight.json"
 _GOES_ON = ("train", "distill", "prepare")  # started again, these do not begin anew

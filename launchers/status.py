@@ -12,7 +12,7 @@ from pathlib import Path
 from launchers.after import read_attempts
 from launchers.records import Launched, LaunchRecord
 from launchers.slurm import JobView
-from pgm_scale.errors import HungRankError, UnstableError, Preempted, UserError
+from pgm_scale.errors import HungRankError, Preempted, UnstableError, UserError
 from pgm_scale.watching.heartbeat import Heartbeat, read_heartbeat
 
 _MEANINGS = {

@@ -28,8 +28,6 @@ _OF_THE_ENVIRONMENT = {
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
-}
-_OF_THE_ENVIRONMENT |= {
     errno.EMFILE,
     errno.ENFILE,
     errno.ENAMETOOLONG,
@@ -38,8 +36,8 @@ _OF_THE_ENVIRONMENT |= {
     errno.ELOOP,
 }
 _EPILOG = """exit codes: 0 done; 1 a bug of ours (with a traceback); 2 bad input; 3 a loss or gradient that is
-not finite, or a spike; 4 a rank hung or died, and is named; 75 stopped by a signal after saving, run the same command to go
-on; 130 interrupted"""
+not finite, or a spike; 4 a rank hung or died, and is named; 75 stopped by a signal after saving, run the same
+command to go on; 130 interrupted; 141 the reader of the output has gone"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

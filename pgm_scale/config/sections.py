@@ -83,7 +83,9 @@ class CheckpointConfig:
     keep_last: int = 3
     milestone_interval_steps: int = 0  # steps divisible by it are kept for ever; 0 keeps none
     asynchronous: bool = True  # train while it is written, from a copy on the host (16 bytes/parameter)
-    strict: bool = False  # refuse to go on when the newest one is bad, instead of falling back to an older one
+    strict: bool = (
+        False  # refuse to go on when the newest one is bad, instead of falling back to an older one
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
-from pgm_scale.errors import HungRankError, UnstableError, Preempted, UserError
+from pgm_scale.errors import HungRankError, Preempted, UnstableError, UserError
 from pgm_scale.parallel.hangs import Verdict
 from pgm_scale.parallel.launch import Launch, free_port
 from pgm_scale.parallel.mesh import Mesh, connected
