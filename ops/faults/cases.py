@@ -178,4 +178,16 @@ CASES: dict[int, Case] = {
     69: Case(
         "metrics and evaluations that are damaged, given to a report", "read whole, or the line is named"
     ),
+    70: Case(
+        "kill -9 at 200 random points of a training run with saves every few steps",
+        "200 exact resumes: data, losses, norms, and in the end weights, moments and EMA to the last bit",
+    ),
+    71: Case(
+        "SIGTERM, and SIGKILL during the save that answers it",
+        "nothing is missing in metrics.jsonl when the run goes on",
+    ),
+    72: Case(
+        "kills while a lock or a heartbeat is written, again and again",
+        "what they leave is removed by the next start; nothing of a live process is",
+    ),
 }

@@ -64,13 +64,13 @@ class Soaking:
 
         self.out, self.most_ranks, self.budget_s = out, most_ranks, budget_s
         self.soak = Soak(_commit(), seed)
-        self._begin_s = time.monotonic()
         self._long_s = 0.0
         self._work = out / "work"
         shutil.rmtree(self._work, ignore_errors=True)
         (out / "events.jsonl").unlink(missing_ok=True)
         self._data = write_data(self._work / "data")
         self._sessions = Sessions(self._work / "sessions")
+        self._begin_s = time.monotonic()
 
     @property
     def _elapsed_s(self) -> float:
@@ -109,6 +109,7 @@ class Soaking:
             save_interval_steps=choice.choice((2, 3)),
             keep_last=choice.choice((1, 2, 3)),
             dropout=0.0 if moves else choice.choice((0.0, 0.1)),
+            learning_rate=1e-3 if moves else 3e-3,
         )
         folder = self._work / f"cycle-{seed}"
         cycle = Cycle(self._sessions, run, start, self._data, folder, seed)

@@ -78,6 +78,7 @@ class TrainedRun:
     validation_interval_steps: int = 10
     keep_last: int = 2
     dropout: float = 0.0
+    learning_rate: float = 3e-3
     timeout_s: float = 30.0
     samples: int = 1
 
@@ -89,6 +90,7 @@ class TrainedRun:
             config,
             folder=str(path.parent / "unnamed"),
             model=dataclasses.replace(config.model, dropout=self.dropout),  # type: ignore[arg-type]
+            optimizer=dataclasses.replace(config.optimizer, learning_rate=self.learning_rate),
             training=dataclasses.replace(config.training, steps=self.steps, seed=self.seed),
             checkpoint=CheckpointConfig(interval_steps=self.save_interval_steps, keep_last=self.keep_last),
             validation=dataclasses.replace(

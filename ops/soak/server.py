@@ -48,10 +48,12 @@ class ForkServer:
     def fork(self, function: Callable[..., None], *arguments: Any) -> int:
         """The process id of a new process that calls the function, which is known by its name."""
         self._connection.send((function, arguments))
-        return self._connection.recv()
+        pid = self._connection.recv()
+        self._exit_codes.pop(pid, None)  # an earlier one may have had this id
+        return pid
 
     def exit_code(self, pid: int) -> int | None:
-        """None while it lives; minus the signal that ended it. Until then no other process has this id."""
+        """None while it lives; minus the signal that ended it. Of the newest process with this id."""
         if pid not in self._exit_codes:
             self._connection.send(None)
             self._exit_codes |= self._connection.recv()

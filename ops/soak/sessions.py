@@ -184,7 +184,8 @@ class _Session:
             elif struck_s is not None and self._life_s >= struck_s:
                 self._strike(signal.SIGKILL if plan.what == "kill" else signal.SIGTERM)
                 struck_s, deadline_s = None, self._life_s + patience_s
-                kill_s = self._life_s + plan.grace_s if plan.what == "terminate and kill" else None
+                if plan.what == "terminate and kill" and self._hit:
+                    kill_s = self._life_s + plan.grace_s
             if kill_s is not None and self._life_s >= kill_s:
                 self._signal(signal.SIGKILL, range(self._ranks))
                 kill_s = None

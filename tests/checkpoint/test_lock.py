@@ -7,6 +7,7 @@ import socket
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from pgm_scale.checkpoint.lock import RunLock
 from pgm_scale.errors import UserError
 from pgm_scale.holder import Holder, start_ticks
-from tests.checkpoint.support import in_child
+from tests.checkpoint.support import in_child, kill_before_call
 
 FAST = {"heartbeat_interval_s": 0.05, "dead_after_s": 0.6}
 
@@ -197,3 +198,28 @@ def test_unwritable_folder_is_refused():
     assert status == 0
     assert isinstance(error, UserError)
     assert "cannot be locked (Permission denied)" in str(error)
+
+
+@pytest.mark.fault(72)
+def test_what_killed_starters_have_left_is_removed_and_that_of_live_ones_stays(tmp_path: Path) -> None:
+    """Starters are killed before each operation on files in turn; one that lives is at work all the time."""
+    living = tmp_path / ".run.lock.of_a_starter_that_lives"
+    living.write_bytes(Holder.here().to_bytes())
+    unfinished = tmp_path / ".run.lock.of_one_that_has_just_begun"
+    unfinished.touch()
+
+    def start_and_die(number: int) -> None:
+        kill_before_call(number)
+        RunLock(tmp_path, **FAST).acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    left = set()
+    for number in range(8):
+        in_child(partial(start_and_die, number))
+        left |= set(os.listdir(tmp_path))
+    assert len(left) > 4, "some were killed at work"
+    with RunLock(tmp_path, **FAST):
+        assert set(os.listdir(tmp_path)) == {"run.lock", living.name, unfinished.name}
+    os.utime(unfinished, ns=(0, time.time_ns() - 2 * 3_600_000_000_000))
+    with RunLock(tmp_path, **FAST):
+        assert set(os.listdir(tmp_path)) == {"run.lock", living.name}

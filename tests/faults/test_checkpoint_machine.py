@@ -88,9 +88,11 @@ class CheckpointMachine(RuleBasedStateMachine):
             self.open.add(step)
         self.resume()
 
-    @rule(keep_last=st.integers(1, 3), point=st.none() | st.integers(0, 8))
-    def purge(self, keep_last: int, point: int | None) -> None:
+    @rule(saves=st.integers(0, 3), keep_last=st.integers(1, 3), point=st.none() | st.integers(0, 8))
+    def save_and_purge(self, saves: int, keep_last: int, point: int | None) -> None:
         """After which what it has kept is still good; killed within it, what it would have deleted is open."""
+        for _ in range(saves):
+            self.save(1)
         if point is None:
             gone = set(self.store.purge(keep_last))
             assert self.verified not in gone

@@ -1,6 +1,7 @@
 """The stop flag and the end of the job by themselves, and a training that must not start a save any more."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 from pgm_scale.config import RunConfig
 from pgm_scale.data.storage import SplitStorage
 from pgm_scale.errors import Preempted
-from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.parallel.launch import find_launch
+from pgm_scale.parallel.mesh import Mesh, connected
 from pgm_scale.training.checkpointing import Checkpointer
 from pgm_scale.training.loop import train_on_mesh
 from pgm_scale.training.signals import JobEnd, StopFlag
@@ -173,3 +175,46 @@ def test_a_save_that_does_not_fit_is_not_started(tmp_path: Path, signalled: bool
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000003"]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == refused - 1
+
+
+def _train_until_killed_in_the_save(config: RunConfig) -> None:
+    """A signal comes in step 1; the save that answers it never ends."""
+
+    def killed(self: Checkpointer, step: int, state: dict[str, Any]) -> bool:
+        saved = self.store.save(step, self._owned_fragments(), self._full_state(step, state))
+        assert saved
+        os.kill(os.getpid(), signal.SIGKILL)
+        return saved
+
+    class Signalled(StopFlag):
+        @property
+        def signal_name(self) -> str | None:
+            return "SIGTERM"
+
+        @signal_name.setter
+        def signal_name(self, name: str | None) -> None:
+            pass
+
+    splits = SplitStorage(config.data.train), SplitStorage(config.data.validation)
+    with patch.object(Checkpointer, "save", killed), connected(find_launch({})) as mesh, Signalled() as stop:
+        train_on_mesh(config, mesh, *splits, stop)
+
+
+@pytest.mark.fault(71)
+def test_a_kill_during_the_save_of_a_signal_leaves_no_hole_in_the_records(tmp_path: Path) -> None:
+    config = tiny_config(
+        write_tiny_data(tmp_path / "data"), tmp_path / "run", training={"steps": 3}, validation={"samples": 0}
+    )
+    process = multiprocessing.get_context("spawn").Process(
+        target=_train_until_killed_in_the_save, args=(config,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    run_ranks(1, _train, config)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def _train(mesh: Mesh, config: RunConfig) -> None:
+    train_on_mesh(config, mesh, SplitStorage(config.data.train), SplitStorage(config.data.validation))

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pgm_scale.watching.heartbeat import HEARTBEAT_NAME, Heartbeat, job_name, read_heartbeat, replace_file
+from pgm_scale.watching.heartbeat import (
+    HEARTBEAT_NAME,
+    Heartbeat,
+    job_name,
+    read_heartbeat,
+    remove_unfinished,
+    replace_file,
+)
 
 
 def heartbeat(**changes: object) -> Heartbeat:
@@ -109,6 +116,19 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         replace_file(target, b"x")
     assert os.listdir(tmp_path) == [HEARTBEAT_NAME]
+
+
+@pytest.mark.fault(72)
+def test_what_dead_writers_have_left_is_removed(tmp_path: Path) -> None:
+    for name in (
+        ".heartbeat.json.12.34.writing",
+        ".heartbeat.json.13.35.writing",
+        ".metrics.prom.12.34.writing",
+    ):
+        (tmp_path / name).touch()
+    replace_file(tmp_path / HEARTBEAT_NAME, b"x")
+    remove_unfinished(tmp_path / HEARTBEAT_NAME)
+    assert sorted(os.listdir(tmp_path)) == [".metrics.prom.12.34.writing", HEARTBEAT_NAME]
 
 
 def test_the_name_of_a_job() -> None:
