@@ -217,12 +217,12 @@ def _plan(cycle: Cycle, layout: Layout, choice: random.Random, session: int) -> 
         return Plan()
     rank = choice.randrange(layout.ranks)
     draw = choice.random()
-    if draw < 0.5:
-        return cycle.plan_at("kill", layout)
-    if draw < 0.7:
-        return cycle.plan_at("kill", layout, by_operation=True)
-    if draw < 0.8:
+    if draw < 0.25 and layout.ranks > 1:
         return cycle.plan_at("kill", layout, rank, by_operation=choice.random() < 0.3)
+    if draw < 0.55:
+        return cycle.plan_at("kill", layout)
+    if draw < 0.8:
+        return cycle.plan_at("kill", layout, by_operation=True)
     if draw < 0.92:
         return cycle.plan_at("terminate", layout, rank)
     return cycle.plan_at("terminate and kill", layout)
