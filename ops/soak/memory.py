@@ -26,12 +26,15 @@ MOST_MORE_DESCRIPTORS = MOST_MORE_THREADS = 1
 
 @dataclass(frozen=True)
 class Sample:
-    """One rank at a moment; `proportional_bytes` counts a page that n processes share as 1/n."""
+    """One rank at a moment.
+
+    Judged is `resident_bytes`. `private_bytes` also grow where nothing does: a collection of Python's garbage
+    writes to pages that the rank shares with the server it was forked from, once some thousand steps in.
+    """
 
     time_s: float
     step: int
     resident_bytes: int
-    proportional_bytes: int
     private_bytes: int
     descriptors: int
     threads: int
@@ -50,7 +53,7 @@ class LongSession:
         """Bytes a step: median slope over all pairs of samples (Theil and Sen), after the warm-up."""
         warm = self.warm(rank)
         steps = np.array([sample.step for sample in warm], np.float64)
-        sizes = np.array([sample.private_bytes for sample in warm], np.float64)
+        sizes = np.array([sample.resident_bytes for sample in warm], np.float64)
         first, second = np.triu_indices(len(warm), 1)
         apart = steps[second] - steps[first]
         if not (apart > 0).any():
@@ -114,7 +117,6 @@ def sample_process(pid: int, time_s: float, step: int) -> Sample | None:
             round(time_s, 2),
             step,
             1024 * int(sizes["Rss"]),
-            1024 * int(sizes["Pss"]),
             1024 * (int(sizes["Private_Clean"]) + int(sizes["Private_Dirty"])),
             len(os.listdir(f"/proc/{pid}/fd")),
             process.num_threads(),

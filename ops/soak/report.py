@@ -64,7 +64,14 @@ class Soak:
                 "samples": [
                     {
                         field: [getattr(sample, field) for sample in samples]
-                        for field in ("time_s", "step", "private_bytes", "descriptors", "threads")
+                        for field in (
+                            "time_s",
+                            "step",
+                            "resident_bytes",
+                            "private_bytes",
+                            "descriptors",
+                            "threads",
+                        )
                     }
                     for samples in long.samples
                 ],
@@ -120,12 +127,12 @@ def _long_table(soak: Soak) -> list[str]:
     if not soak.long_sessions:
         return []
     lines = [
-        "Long sessions, saves and validations included. Growth: median slope of the private memory over all pairs "
+        "Long sessions, saves and validations included. Growth: median slope of the resident memory over all pairs "
         f"of samples (Theil-Sen) after the first 30%; the bound is {MOST_GROWTH_BYTES_PER_STEP:.0f} bytes a step "
         f"(0.5 GB in a million steps), once it makes more than {MOST_SETTLING_BYTES >> 20} MiB. The smallest count "
         f"of open files in the last third may be {MOST_MORE_DESCRIPTORS} above that in the first.",
         "",
-        "| session | s | steps | private MiB, warm, at the end | bytes a step | descriptors |",
+        "| session | s | steps | resident MiB, warm, at the end | bytes a step | descriptors |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for long in soak.long_sessions:
@@ -133,10 +140,10 @@ def _long_table(soak: Soak) -> list[str]:
             warm = long.warm(rank)
             if not warm:
                 continue
-            first, last = warm[0], warm[-1]
+            first_mib, last_mib = (sample.resident_bytes / 2**20 for sample in (warm[0], warm[-1]))
             lines.append(
                 f"| {long.what}, rank {rank} | {long.outcome.life_s:.0f} | {samples[-1].step} "
-                f"| {first.private_bytes / 2**20:.1f}, {last.private_bytes / 2**20:.1f} | {long.growth(rank):.0f} "
+                f"| {first_mib:.1f}, {last_mib:.1f} | {long.growth(rank):.0f} "
                 f"| {min(s.descriptors for s in warm)} to {max(s.descriptors for s in warm)} |"
             )
     return lines
@@ -156,7 +163,7 @@ def _leftover_lines(soak: Soak) -> list[str]:
 
 
 def _draw(soak: Soak, path: Path) -> None:
-    """Private memory and open files of every rank over the steps of its session."""
+    """Resident memory and open files of every rank over the steps of its session."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,9 +175,9 @@ def _draw(soak: Soak, path: Path) -> None:
             steps = [sample.step for sample in samples]
             label = f"{number + 1}: {long.what}" if rank == 0 else None
             color = f"C{number % 10}"
-            memory.plot(steps, [s.private_bytes / 2**20 for s in samples], color=color, label=label)
+            memory.plot(steps, [s.resident_bytes / 2**20 for s in samples], color=color, label=label)
             files.plot(steps, [s.descriptors for s in samples], color=color, linewidth=0.8)
-    memory.set_ylabel("private memory of a rank, MiB")
+    memory.set_ylabel("resident memory of a rank, MiB")
     files.set_ylabel("open files of a rank")
     files.set_xlabel("step")
     for axes in (memory, files):

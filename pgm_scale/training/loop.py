@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from contextlib import ExitStack, nullcontext
@@ -20,14 +19,12 @@ from pgm_scale.data.loader import BatchStream, TokenLoader
 from pgm_scale.data.order import BatchPlan, GlobalOrder
 from pgm_scale.data.storage import SplitStorage, open_splits
 from pgm_scale.errors import Preempted, UnstableError, UserError
-from pgm_scale.evaluation.time_buckets import TimeBuckets
 from pgm_scale.evaluation.validation import (
     validate,
     validation_loader,
     validation_metrics,
     validation_summary,
 )
-from pgm_scale.models.flops import forward_flops_per_token
 from pgm_scale.models.stages import unit_kinds
 from pgm_scale.objectives import build_objective
 from pgm_scale.objectives.base import DrawSpec
@@ -40,10 +37,10 @@ from pgm_scale.parallel.unit_costs import measure_unit_costs
 from pgm_scale.run_folder import RunFolder, RunIdentity
 from pgm_scale.training import metrics
 from pgm_scale.training.checkpointing import Checkpointer
-from pgm_scale.training.codebook_usage import CodebookUsage, usage_metrics
 from pgm_scale.training.content import content_problems
 from pgm_scale.training.distillation import Distillation, first_teacher
 from pgm_scale.training.ema import ExponentialMovingAverage
+from pgm_scale.training.measuring import Measurements
 from pgm_scale.training.same_run import check_same_on_all_ranks
 from pgm_scale.training.samples import write_validation_samples
 from pgm_scale.training.signals import JobEnd, StopFlag
@@ -51,7 +48,6 @@ from pgm_scale.training.stability import Instability, Stability
 from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, training_step
 from pgm_scale.training.tracking import NoTracker, Tracker, open_tracker
 from pgm_scale.training.weight_source import WeightSource
-from pgm_scale.watching.fingerprint import MODULUS
 from pgm_scale.watching.stragglers import StragglerReport
 from pgm_scale.watching.watch import RunWatch
 
@@ -167,15 +163,8 @@ class TrainingRun:
         self.tracker: Tracker = NoTracker()
         store.peers.first(self._open_outputs)
         self.job_end = JobEnd()
-        self.throughput = metrics.Throughput()
+        self.measurements = Measurements(config, identity.vocabulary.size, identity.length_tokens, mesh)
         self.stragglers = StragglerReport(self.engine.module, mesh, config.watching.slow_rank_ratio)
-        self._losses: list[float] = []
-        self._start_record()
-        self._tokens_per_step = config.training.global_batch_sequences * identity.length_tokens
-        # Backward costs twice the forward (PaLM, appendix B).
-        self._flops_per_token = 3 * forward_flops_per_token(
-            config.model, identity.vocabulary.size, identity.length_tokens
-        )
 
     def _stage_units(self) -> tuple[int, ...]:
         """Units of each pipeline stage: by hand, or even by what they cost on this machine."""
@@ -255,7 +244,7 @@ class TrainingRun:
     def _train(self, first_step: int, stream: BatchStream[MicroBatch], stop: StopFlag) -> int:
         """Train to the end, or to a step that makes the run roll back: the step to go on with."""
         config = self.config
-        self.throughput.restart()
+        self.measurements.restart()
         for step in range(first_step, config.training.steps):
             if self.distillation is not None:
                 begun = self.distillation.begin_step(step)
@@ -308,7 +297,6 @@ class TrainingRun:
             self.distillation.resume(newest)
         if self.file is not None:
             self.file.rewind(newest)
-        self._start_record()
         first, last = back.data_steps
         line = (
             f"rolled back from step {step} to the checkpoint of step {newest}: {back.reason}; the data of steps "
@@ -342,14 +330,9 @@ class TrainingRun:
         """What is due after `step` finished updates: record, validate, save."""
         config = self.config
         last = step == config.training.steps
-        self.throughput.tokens += self._tokens_per_step
-        self._fingerprint += result.fingerprint
+        self.measurements.add(result)
         if result.instability is None:
-            self._losses.append(result.loss)
             self.watch.step(step, result.loss)
-            for terms in result.terms:
-                self.buckets.add(terms)
-                self.codebook.add(terms)
         self.console.step(step)
         validates = last or step % config.validation.interval_steps == 0
         saves = last or result.agreed.stop_requested or step % config.checkpoint.interval_steps == 0
@@ -378,61 +361,24 @@ class TrainingRun:
             saves and not result.agreed.stop_requested
         ):  # after the record, which a resume from this step must find
             self._save(step, in_background=config.checkpoint.asynchronous and not last)
-        self.throughput.exclude(time.perf_counter() - paused_s)
+        self.measurements.exclude(time.perf_counter() - paused_s)
 
     def _record(self, step: int, result: StepResult, stream: BatchStream[MicroBatch]) -> dict[str, Any]:
         """The training metrics of the steps since the last record."""
-        buckets = TimeBuckets()
-        buckets.merge(self.mesh.sum(self.buckets.state()))
-        code_counts = self.codebook.state()
-        if len(code_counts):
-            code_counts = self.mesh.sum(code_counts)
-        speed = self.throughput.tokens_per_second()
-        peak = metrics.peak_flops(self.mesh.device, self.config.training.precision)
+        straggler = self.stragglers.find(stream.data_wait_s)
         record = {
-            "step": step,
-            "samples": step * self.config.training.global_batch_sequences,
-            "loss": result.loss,
-            "loss_mean": float(np.mean(self._losses)) if self._losses else math.nan,
-            "learning_rate": result.learning_rate,
-            "gradient_norm": result.gradient_norm,
-            "tokens_per_second": speed,
-            "mfu": speed * self._flops_per_token / (peak * self.mesh.world_size) if peak else None,
+            **self.measurements.record(step, result),
             "data_wait_s": stream.data_wait_s,
             "checkpoint_s": self.checkpointer.seconds,
-            "memory_bytes": metrics.memory_bytes(self.mesh.device),
-            **buckets.metrics(),
-            **usage_metrics(code_counts),
-            **self._data_record(result),
+            **(straggler.record() if straggler is not None else {}),
+            **self.stability.record(),
         }
-        straggler = self.stragglers.find(stream.data_wait_s)
-        if straggler is not None:
-            record |= straggler.record()
         if news := self.watch.slow(step, straggler):
             self.console.say(news)
-        record |= self.stability.record()
         if self.distillation is not None:
             record["round"] = self.distillation.round_of(step - 1)
-        stream.data_wait_s = 0.0
-        self.checkpointer.seconds = 0.0
-        self._start_record()
+        stream.data_wait_s = self.checkpointer.seconds = 0.0
         return record
-
-    def _start_record(self) -> None:
-        self.buckets, self.codebook = TimeBuckets(), CodebookUsage()
-        self._losses.clear()
-        self._fingerprint = 0
-        self.throughput.restart()
-
-    def _data_record(self, result: StepResult) -> dict[str, Any]:
-        """What identifies the data of the steps since the last record, and the samples of the newest one."""
-        # Each rank's is below MODULUS, so that the sum is exact.
-        total = self.mesh.sum(np.array([self._fingerprint % MODULUS], np.float64))[0]
-        numbers = self.mesh.gather_numbers(np.array(result.sample_numbers))
-        return {
-            "data_fingerprint": int(total) % MODULUS,
-            "sample_numbers": [int(numbers[:, 0].min()), int(numbers[:, 1].max())],
-        }
 
     def _validate(self, step: int) -> dict[str, Any]:
         config, mesh = self.config, self.mesh

@@ -167,9 +167,8 @@ def long_session(bytes_per_step: float, files_per_step: float = 0.0) -> LongSess
         Sample(
             time_s=3.0 * n,
             step=30 * n,
-            resident_bytes=0,
-            proportional_bytes=0,
-            private_bytes=int(50e6 - 1e6 / (n + 1) + bytes_per_step * 30 * n + (20 << 20) * (n % 10 == 9)),
+            private_bytes=0,
+            resident_bytes=int(50e6 - 1e6 / (n + 1) + bytes_per_step * 30 * n + (20 << 20) * (n % 10 == 9)),
             descriptors=30 + int(files_per_step * 30 * n) + n % 3,
             threads=8,
         )
