@@ -59,7 +59,7 @@ def test_a_missing_unit_is_found():
 
 
 def test_a_wrong_memory_prediction_is_found():
-    proof = built(MODEL, LAYOUTS[2], lambda stages: [replace(stages[0], held_bytes=0.0), *stages[1:]])
+    proof = built(MODEL, LAYOUTS[2], lambda stages: [replace(stages[0], held_bytes=1e9), *stages[1:]])
     assert any(line.startswith("stage 0: activations") for line in proof.problems)
 
 
