@@ -20,14 +20,16 @@ demo-distill: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --ignore tests/slurm -m "not fault"
 	$(BIN)/python -m ops.faults
-	$(BIN)/python -m pytest tests/slurm -m "not fault"
+	$(BIN)/python -m pytest tests/slurm -m "not fault and not nightly"
 
 # Every fault that a run must survive, injected into real processes and files; part of `make test`.
 faults: $(STAMP)
 	$(BIN)/python -m ops.faults
 
-# Random kills, signals and changes of layout for ten minutes; `python -m ops.soak --minutes 120` for longer.
+# What takes too long for every change: more jobs on a real Slurm, then random kills, signals and changes of layout for
+# ten minutes (`python -m ops.soak --minutes 120` for longer).
 nightly: $(STAMP)
+	$(BIN)/python -m pytest tests/slurm -m nightly
 	$(BIN)/python -m ops.soak --minutes 10 --out build/soak
 
 # A two-node Slurm on this machine, to try launches on.

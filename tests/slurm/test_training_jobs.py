@@ -150,7 +150,7 @@ def test_sigterm_to_one_task(cluster: Cluster, data: Path, folder: Path, referen
     assert job.logs.count("requeued after exit code 75") == 1
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 3])
 def test_kill_of_one_task(cluster: Cluster, data: Path, folder: Path, reference: Path, rank: int) -> None:
     job = cluster.train(data, folder / f"kill-{rank}")
     job.wait_for_step(45)
@@ -179,6 +179,7 @@ def test_a_stopped_task_is_named_with_its_stack(
     finished(job, reference)
 
 
+@pytest.mark.nightly
 def test_node_down_and_back(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
     job = cluster.train(data, folder / "node")
     job.wait_for_step(45)
@@ -203,6 +204,7 @@ def test_a_preflight_and_what_follows_it(cluster: Cluster, data: Path, folder: P
     assert cluster.slurm.job_state(preflight) == "COMPLETED"
 
 
+@pytest.mark.nightly
 def test_a_sweep(cluster: Cluster, data: Path, folder: Path) -> None:
     """One run of the array is told to stop: it alone is requeued, and goes on in its own folder."""
     words = [*training_words(data, folder / "sweep"), "training.steps=60", "training.seed=1,2"]
@@ -246,6 +248,7 @@ def test_cancelled_is_not_requeued(cluster: Cluster, data: Path, folder: Path) -
     assert "stopped by a signal" in job.logs  # and saved
 
 
+@pytest.mark.nightly
 def test_torchrun_on_each_node(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
     path = folder / "torchrun.yaml"
     path.write_text(CLUSTER.read_text() + "  launcher: torchrun\n")
@@ -256,6 +259,7 @@ def test_torchrun_on_each_node(cluster: Cluster, data: Path, folder: Path, refer
     assert job.restarts == 1
 
 
+@pytest.mark.nightly
 def test_a_chain(cluster: Cluster, folder: Path) -> None:
     """Prepared, trained and exported by one command, each after the one before has ended well."""
     data, run, exported = folder / "chain-data", folder / "chain", folder / "exported"
