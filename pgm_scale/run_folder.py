@@ -53,6 +53,7 @@ from pgm_scale.errors import UserError
 from pgm_scale.files import atomic_write_bytes, commit, sha256_file, temporary_name
 from pgm_scale.model_folder import copy_weights
 from pgm_scale.models import build_model
+from pgm_scale.sealed import open_sealed_json, sealed_json
 from pgm_scale.secrets import secret_problems
 from pgm_scale.trained_model import ModelDescription, Origin, TrainedModel, Weights
 
@@ -141,7 +142,7 @@ class RunFolder:
             return stored
         # Last: its presence says that the description is whole.
         identity = RunIdentity.new(train, distilled_from)
-        atomic_write_bytes(self.identity_path, _sealed_json(dataclasses.asdict(identity)))
+        atomic_write_bytes(self.identity_path, sealed_json(dataclasses.asdict(identity)))
         return identity
 
     def _refuse_lost_identity(self) -> None:
@@ -227,24 +228,18 @@ class RunFolder:
     def identity(self) -> RunIdentity:
         try:
             data = self.identity_path.read_bytes()
-            tree = json.loads(data)
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
             raise UserError(f"cannot read {self.identity_path} ({error}); give the folder of a run") from None
         problems: list[str] = []
-        if isinstance(tree, dict) and tree.pop("sha256", None) is not None:  # older ones have none
-            problems += [] if _sealed_json(tree) == data else ["its bytes are not those of its sha256"]
-        identity = configuration.parse(RunIdentity, tree, problems)
+        try:
+            identity = configuration.parse(RunIdentity, open_sealed_json(data, needs_seal=False), problems)
+        except ValueError as error:
+            problems = [str(error)]
         if problems:
             raise UserError(
                 f"{self.identity_path} is damaged: {' '.join('; '.join(problems).split())}; restore it"
             )
         return identity
-
-
-def _sealed_json(tree: dict[str, Any]) -> bytes:
-    """With the SHA-256 of itself; the same bytes for the same tree."""
-    digest = hashlib.sha256(json.dumps(tree).encode()).hexdigest()
-    return (json.dumps({**tree, "sha256": digest}, indent=2) + "\n").encode()
 
 
 def _has_sha256(path: Path, sha256: str) -> bool:

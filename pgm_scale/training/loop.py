@@ -44,7 +44,7 @@ from pgm_scale.training.measuring import Measurements
 from pgm_scale.training.same_run import check_same_on_all_ranks
 from pgm_scale.training.samples import write_validation_samples
 from pgm_scale.training.signals import JobEnd, StopFlag
-from pgm_scale.training.stability import Instability, Stability
+from pgm_scale.training.stability import Instability, Stability, read_roll_backs
 from pgm_scale.training.step import MicroBatch, StepResult, prepare_micro_batch, training_step
 from pgm_scale.training.tracking import NoTracker, Tracker, open_tracker
 from pgm_scale.training.weight_source import WeightSource
@@ -146,8 +146,10 @@ class TrainingRun:
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.engine.state, decay) if decay > 0 else None
         self.checkpointer = Checkpointer(store, self.engine, self.ema)
-        self.stability = Stability(config.stability, folder.roll_backs_path)
+        backs = store.peers.first(lambda: read_roll_backs(folder.roll_backs_path, identity.run_id))
+        self.stability = Stability(config.stability, folder.roll_backs_path, backs)
         self.validation_loader = validation_loader(validation_split)
+        self._has_learnt = self._may_purge = False  # since the last save; before it
         self.first_step = self._resume(initial)
         self.distillation = Distillation.of(
             config,
@@ -197,13 +199,14 @@ class TrainingRun:
         step = self.store.newest_verified(self.config.checkpoint.strict)
         if step is not None:
             self._restore(step)
-        elif initial is not None:
+        self.store.peers.first(lambda: self.stability.write(self.identity.run_id))  # before any checkpoint
+        if step is None and initial is not None:
             self.checkpointer.initialize(initial)
             self._save(0)
         return step or 0
 
     def _restore(self, step: int) -> None:
-        self.stability.restore(self.checkpointer.restore(step).get("stability"))
+        self.stability.restore(self.checkpointer.restore(step).get("stability"), step)
 
     def _open_outputs(self) -> None:
         self.file = metrics.MetricsFile(self.folder.metrics_path, self.first_step)
@@ -284,14 +287,20 @@ class TrainingRun:
     def _roll_back(self, step: int, found: Instability) -> int:
         """To the newest checkpoint; the data up to `step` are left out. Returns the checkpoint's step."""
         self._finish_save()
-        newest = self.store.newest_verified()
+        what = f"{found.reason} at step {step} on {found.where}"
+        try:
+            newest = self.store.newest_verified(self.config.checkpoint.strict)
+        except UserError as error:  # on all ranks
+            raise UnstableError(f"{what}, and there is no checkpoint to roll back to: {error}") from None
         if newest is None:
             raise UnstableError(
-                f"{found.reason} at step {step} on {found.where}, and there is no checkpoint to roll back to; "
-                "lower checkpoint.interval_steps, or look at these samples"
+                f"{what}, and there is no checkpoint to roll back to; lower checkpoint.interval_steps, or look at "
+                "these samples"
             )
+        self.stability.check_worth(newest, found)
         back = self.stability.roll_back(step, newest, f"{found.reason} on {found.where}")
-        self.store.peers.first(self.stability.write)  # before anything is trained on the data after it
+        # Before anything is trained on the data after it.
+        self.store.peers.first(lambda: self.stability.write(self.identity.run_id))
         self._restore(newest)
         if self.distillation is not None:
             self.distillation.resume(newest)
@@ -332,6 +341,7 @@ class TrainingRun:
         last = step == config.training.steps
         self.measurements.add(result)
         if result.instability is None:
+            self._has_learnt = True
             self.watch.step(step, result.loss)
         self.console.step(step)
         validates = last or step % config.validation.interval_steps == 0
@@ -406,6 +416,7 @@ class TrainingRun:
         self._finish_save()
         self._check_lock()
         self._check_weights(step)
+        self._may_purge, self._has_learnt = self._has_learnt, False
         state = {"run_id": self.identity.run_id, "stability": self.stability.state()}
         if in_background:
             self.checkpointer.start(step, state)
@@ -420,8 +431,8 @@ class TrainingRun:
         bad = not self.checkpointer.weights_are_finite()
         if self.mesh.any(np.array([bad], np.float64))[0]:
             raise UnstableError(
-                f"weights are not finite after step {step}, which is not saved; the checkpoint before it stands: "
-                "lower optimizer.learning_rate, and the same command goes on from there"
+                f"weights are not finite after step {step}, which is not saved; the checkpoint before it stands, "
+                "from which the same command goes on; or train in a new folder with a lower optimizer.learning_rate"
             )
 
     def _refuse_save(self, step: int) -> NoReturn:
@@ -449,6 +460,8 @@ class TrainingRun:
             self.store.peers.first(self.lock.check)
 
     def _purge(self) -> None:
+        if not self._may_purge:  # weights that no step could learn from do not take the place of older ones
+            return
         keep, objective = self.config.checkpoint, self.config.objective
         teachers = objective.round_steps if isinstance(objective, SDTTObjectiveConfig) else 0
         self.store.purge(keep.keep_last, keep.milestone_interval_steps, teachers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pgm_scale.files import atomic_write_bytes, finite
+from pgm_scale.files import atomic_write_bytes, check_regular, finite
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class MetricsFile:
     def _open(self, first_step: int) -> None:
         path, kept = self._path, []
         if path.exists():
+            check_regular(path)
             for line in path.read_bytes().splitlines():
                 try:
                     if json.loads(line)["step"] <= first_step:
@@ -128,8 +130,9 @@ class ConsoleReport:
     def record(self, record: dict[str, Any]) -> None:
         if not self._enabled:
             return
+        loss = record["loss_mean"]
         text = (
-            f"loss {record['loss_mean']:.3f}  grad {record['gradient_norm']:.2f}  "
+            f"loss {f'{loss:.3f}' if math.isfinite(loss) else '-'}  grad {record['gradient_norm']:.2f}  "
             f"{record['tokens_per_second']:,.0f} tok/s"
         )
         if record["mfu"] is not None:

@@ -5,9 +5,9 @@ What is decided depends only on numbers that all ranks agree on, so they do the 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -17,9 +17,11 @@ from pgm_scale import config as configuration
 from pgm_scale.config import StabilityConfig
 from pgm_scale.data.order import data_step
 from pgm_scale.errors import UnstableError, UserError
-from pgm_scale.files import atomic_write_bytes
+from pgm_scale.files import atomic_write_bytes, read_bounded
+from pgm_scale.sealed import open_sealed_json, sealed_json
 
 _RECENT_STEPS = 1000  # the name of `most_per_1000_steps` says it
+_MOST_TO_ONE_CHECKPOINT = 3  # roll backs: then it is not the data
 
 
 class Instability(NamedTuple):
@@ -56,11 +58,14 @@ class _Memory:
 class Stability:
     """The judge of a run's steps."""
 
-    def __init__(self, config: StabilityConfig, path: Path) -> None:
-        """`path`: the file of roll backs. Raises: UserError: it is damaged."""
+    def __init__(
+        self, config: StabilityConfig, path: Path, roll_backs: Sequence[RollBack] | None = None
+    ) -> None:
+        """`roll_backs` are what `read_roll_backs` has found at `path`, equal on all ranks."""
         self.config, self._path = config, path
         self.skipped_steps: list[int] = []
-        self.roll_backs = list(_read(path))
+        self._has_file = roll_backs is not None
+        self.roll_backs = list(roll_backs or ())
         self._history: deque[tuple[float, float]] = deque(maxlen=config.spike_history_steps)
 
     @property
@@ -109,18 +114,29 @@ class Stability:
         action = self.config.on_non_finite if found.kind == "non_finite" else self.config.on_spike
         if action == "stop" or action == "ignore":
             raise UnstableError(
-                f"{what}; {stands}: look at these samples, lower optimizer.learning_rate, or set "
-                f"stability.on_{found.kind} to skip or roll_back"
+                f"{what}; {stands}: look at these samples, set stability.on_{found.kind} to skip or roll_back, or "
+                "train in a new folder with a lower optimizer.learning_rate"
             )
         earlier = [*self.skipped_steps, *(back.step for back in self.roll_backs)]
         recent = sum(step - _RECENT_STEPS < other for other in earlier)
         if recent >= self.config.most_per_1000_steps:
             raise UnstableError(
                 f"{what}, after {recent} such steps of the last {_RECENT_STEPS}, and "
-                f"stability.most_per_1000_steps is {self.config.most_per_1000_steps}; {stands}: lower "
-                "optimizer.learning_rate, or look at the data"
+                f"stability.most_per_1000_steps is {self.config.most_per_1000_steps}; {stands}: raise it, look at "
+                "the data, or train in a new folder with a lower optimizer.learning_rate"
             )
         return action
+
+    def check_worth(self, checkpoint_step: int, found: Instability) -> None:
+        """Raises: UnstableError: there were so many roll backs to this checkpoint that it cannot be the data."""
+        count = sum(back.checkpoint_step == checkpoint_step for back in self.roll_backs)
+        if count >= _MOST_TO_ONE_CHECKPOINT:
+            raise UnstableError(
+                f"{found.reason} on {found.where}, after {count} roll backs to the checkpoint of step "
+                f"{checkpoint_step}: it is not the data. If the level of losses has changed, set "
+                "stability.on_spike to ignore for a while; else train in a new folder with a lower "
+                "optimizer.learning_rate"
+            )
 
     def roll_back(self, step: int, checkpoint_step: int, reason: str) -> RollBack:
         """Leave out the data of `step` and of those before it, as far as `checkpoint_step`, from now on."""
@@ -129,12 +145,13 @@ class Stability:
         first = max(oldest, last - self.config.roll_back_data_steps + 1)
         back = RollBack(step, checkpoint_step, (first, last), reason)
         self.roll_backs.append(back)
+        self._has_file = True
         return back
 
-    def write(self) -> None:
+    def write(self, run_id: str) -> None:
         """On one rank, before the run goes on: a session may end before its next checkpoint."""
-        content = {"roll_backs": [asdict(back) for back in self.roll_backs]}
-        atomic_write_bytes(self._path, (json.dumps(content, indent=2) + "\n").encode())
+        content = {"run_id": run_id, "roll_backs": [asdict(back) for back in self.roll_backs]}
+        atomic_write_bytes(self._path, sealed_json(content))
 
     def record(self) -> dict[str, int]:
         """For the run's log: how often so far, where it was ever."""
@@ -145,32 +162,69 @@ class Stability:
         """JSON values for a checkpoint."""
         return asdict(_Memory(tuple(self.roll_backs), tuple(self.skipped_steps), tuple(self._history)))
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint, with the roll backs that came after it too; None: it has no such state."""
+    def restore(self, state: dict[str, Any] | None, step: int) -> None:
+        """Go on from the checkpoint of `step`, with the roll backs that came after it too.
+
+        Args:
+            state: None of a checkpoint that has none.
+
+        Raises:
+            UserError: the roll backs are not those of this run.
+        """
         problems: list[str] = []
         memory = _Memory(()) if state is None else configuration.parse(_Memory, state, problems)
         if problems:
             raise UserError(f"the checkpoint's state of training.stability is damaged: {'; '.join(problems)}")
-        self.roll_backs += [back for back in memory.roll_backs if back not in self.roll_backs]
+        if state is not None and not self._has_file:
+            raise UserError(f"{self._path} is missing, which says what data are left out; {_MEND}")
+        later = [back for back in self.roll_backs if back not in memory.roll_backs]
+        self.roll_backs = list(memory.roll_backs)
+        reached = data_step(step, self.left_out)
+        if any(back.data_steps[0] < reached for back in later):
+            raise UserError(
+                f"{self._path} leaves out data that the checkpoint of step {step} has seen; {_MEND}"
+            )
+        self.roll_backs += later
         self.skipped_steps = list(memory.skipped_steps)
         self._history.clear()
         self._history.extend(memory.history)
 
 
-def _read(path: Path) -> tuple[RollBack, ...]:
+_MEND = (
+    "restore it, or write {} into it: then only the roll backs that the newest checkpoint knows are kept, and the "
+    "data of later ones are trained on again"
+)
+
+
+@dataclass(frozen=True)
+class _File:
+    run_id: str
+    roll_backs: tuple[RollBack, ...]
+
+
+def read_roll_backs(path: Path, run_id: str) -> tuple[RollBack, ...] | None:
+    """None where there is no file.
+
+    Raises:
+        UserError: it is damaged, or another run's.
+    """
     problems: list[str] = []
     try:
-        memory = configuration.parse(_Memory, json.loads(path.read_bytes()), problems)
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, RecursionError) as error:
+        if not path.exists() and not path.is_symlink():
+            return None
+        data = read_bounded(path)
+        if data.strip() == b"{}":
+            return ()
+        found = configuration.parse(_File, open_sealed_json(data), problems)
+    except (OSError, ValueError) as error:
         problems = [str(error)]
     else:
-        if not problems and not all(0 <= b.data_steps[0] <= b.data_steps[1] for b in memory.roll_backs):
+        if not problems and found.run_id != run_id:
+            problems = [f"it is of run {found.run_id}, not of {run_id}"]
+        elif not problems and not all(
+            0 <= b.data_steps[0] <= b.data_steps[1] < 1 << 48 for b in found.roll_backs
+        ):
             problems = ["its data steps are no ranges"]
     if problems:
-        raise UserError(
-            f"{path} is damaged: {'; '.join(problems)}; restore it, or delete it: the newest checkpoint knows the "
-            "roll backs before it"
-        )
-    return memory.roll_backs
+        raise UserError(f"{path} is damaged: {' '.join('; '.join(problems).split())}; {_MEND}")
+    return found.roll_backs

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pgm_scale.config.parsing import parse
-from pgm_scale.files import finite
+from pgm_scale.files import check_regular, finite
 
 HEARTBEAT_NAME = "heartbeat.json"
 _MAX_BYTES = 1 << 16
@@ -99,8 +99,10 @@ def read_heartbeat(folder: str | Path) -> Heartbeat | None:
     Raises:
         ValueError: it is damaged or cannot be read; one line.
     """
+    path = Path(folder) / HEARTBEAT_NAME
     try:
-        with open(Path(folder) / HEARTBEAT_NAME, "rb") as file:
+        check_regular(path)
+        with open(path, "rb") as file:
             return Heartbeat.from_bytes(file.read(_MAX_BYTES))
     except FileNotFoundError:
         return None

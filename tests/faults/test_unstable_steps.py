@@ -23,8 +23,10 @@ from pgm_scale.objectives.base import DrawSpec, LossTerms
 from pgm_scale.objectives.pgm import PGMObjective
 from pgm_scale.parallel.engine import Engine
 from pgm_scale.parallel.mesh import Mesh
+from pgm_scale.training import loop
 from pgm_scale.training import step as step_module
 from pgm_scale.training.loop import train_on_mesh
+from pgm_scale.training.stability import RollBack
 from tests.distributed import run_ranks
 from tests.tiny_data import tiny_config, write_tiny_data
 
@@ -223,8 +225,9 @@ def _train_until_the_limit(mesh: Mesh, config: RunConfig) -> str:
 ROLL_BACK = {"on_non_finite": "roll_back", "roll_back_data_steps": 2}
 
 
-def _roll_back(mesh: Mesh, config: RunConfig, sample: int) -> None:
-    with _bad_sample(sample):
+def _roll_back(mesh: Mesh, config: RunConfig, sample: int, known: tuple[RollBack, ...] | None = None) -> None:
+    """`known`: what the run has rolled back from before it begins."""
+    with _bad_sample(sample), patch.object(loop, "read_roll_backs", lambda *_: known):
         _train(mesh, config)
 
 
@@ -242,12 +245,10 @@ def test_a_rolled_back_run_is_one_that_never_had_the_data(
         "checkpoint": {"interval_steps": interval_steps},
     }
     without = tmp_path / "without"
-    without.mkdir()
     left_out = (5, 5) if interval_steps == 1 else (4, 5)
-    back = {"step": 5, "checkpoint_step": 0, "data_steps": left_out, "reason": "by hand"}
-    (without / "roll_backs.json").write_text(json.dumps({"roll_backs": [back]}))
     run_ranks(ranks, _roll_back, _config(data, tmp_path / "run", **changes), 42)
-    run_ranks(ranks, _roll_back, _config(data, without, **changes), 42)
+    known = (RollBack(5, 0, left_out, "by hand"),)
+    run_ranks(ranks, _roll_back, _config(data, without, **changes), 42, known)
     (found,) = json.loads((tmp_path / "run" / "roll_backs.json").read_text())["roll_backs"]
     assert tuple(found["data_steps"]) == left_out
     assert "not finite on rank" in found["reason"]

@@ -18,7 +18,8 @@ from pgm_scale.export import write_model_folder
 from pgm_scale.loading import load
 from pgm_scale.parallel.mesh import Mesh
 from pgm_scale.run_folder import RunFolder
-from pgm_scale.training.stability import Instability, Stability
+from pgm_scale.training import loop
+from pgm_scale.training.stability import Instability, RollBack, Stability
 from pgm_scale.training.teacher_model import fill_in_model
 from tests.distributed import run_ranks
 from tests.parallel.persistence import partition_everything
@@ -310,6 +311,11 @@ def _train_with_a_refused_step(mesh: Mesh, config: RunConfig, bad_step: int) -> 
         _train(mesh, config)
 
 
+def _train_knowing(mesh: Mesh, config: RunConfig, known: tuple[RollBack, ...]) -> None:
+    with patch.object(loop, "read_roll_backs", lambda *_: known):
+        _train(mesh, config)
+
+
 @pytest.mark.parametrize("bad_step", [3, 4])
 def test_a_roll_back_keeps_the_teacher_of_the_round(
     data: Path, teachers: Path, tmp_path: Path, bad_step: int
@@ -321,16 +327,14 @@ def test_a_roll_back_keeps_the_teacher_of_the_round(
         "stability": {"on_non_finite": "roll_back"},
     }
     without = tmp_path / "without"
-    without.mkdir()
-    back = {"step": bad_step, "checkpoint_step": 3, "data_steps": (3, bad_step), "reason": "by hand"}
-    (without / "roll_backs.json").write_text(json.dumps({"roll_backs": [back]}))
+    known = (RollBack(bad_step, 3, (3, bad_step), "by hand"),)
     run_ranks(
         1,
         _train_with_a_refused_step,
         distillation(data, teachers, tmp_path / "run", **options),  # type: ignore[arg-type]
         bad_step,
     )
-    run_ranks(1, _train, distillation(data, teachers, without, **options))  # type: ignore[arg-type]
+    run_ranks(1, _train_knowing, distillation(data, teachers, without, **options), known)  # type: ignore[arg-type]
     assert "on all ranks" in (tmp_path / "run" / "roll_backs.json").read_text()
     assert losses(tmp_path / "run") == losses(without)
     pairs = _differences(_state(tmp_path / "run", 8), _state(without, 8))

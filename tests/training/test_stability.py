@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from hypothesis import strategies as st
 from pgm_scale.config import StabilityConfig
 from pgm_scale.data.order import BatchPlan, data_step
 from pgm_scale.errors import UnstableError, UserError
-from pgm_scale.training.stability import Instability, RollBack, Stability
+from pgm_scale.sealed import sealed_json
+from pgm_scale.training.stability import Instability, RollBack, Stability, read_roll_backs
 
 NOT_FINITE = Instability("non_finite", "the loss is not finite")
 
 
 def stability(folder: Path, **settings: object) -> Stability:
-    return Stability(StabilityConfig(**settings), folder / "roll_backs.json")  # type: ignore[arg-type]
+    path = folder / "roll_backs.json"
+    return Stability(StabilityConfig(**settings), path, read_roll_backs(path, "a run"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -120,26 +123,72 @@ def test_what_is_remembered(tmp_path: Path) -> None:
     first = judge.roll_back(9, 4, "a spike")
     state = json.loads(json.dumps(judge.state()))
     second = judge.roll_back(11, 4, "another")
-    judge.write()  # after the checkpoint that `state` is of
+    judge.write("a run")  # after the checkpoint that `state` is of
     again = stability(tmp_path, **settings)
     assert again.roll_backs == [first, second]
-    again.restore(state)
+    again.restore(state, 7)
     assert (again.roll_backs, again.skipped_steps) == ([first, second], [3])
     assert again.state() | {"roll_backs": ()} == judge.state() | {"roll_backs": ()}
     assert [again.judge(loss, 0.0) for loss in (0.3, 1e3)] == [judge.judge(loss, 0.0) for loss in (0.3, 1e3)]
-    alone = stability(tmp_path / "the file is lost", **settings)
-    alone.restore(state)
-    assert alone.roll_backs == [first]
-    alone.restore(None)  # a checkpoint of an older release
-    assert alone.skipped_steps == []
+    again.restore(None, 7)  # a checkpoint of an older release
+    assert again.skipped_steps == []
+
+
+def test_other_roll_backs_than_the_runs_are_refused(tmp_path: Path) -> None:
+    judge = stability(tmp_path)
+    judge.roll_back(9, 4, "a spike")
+    state = json.loads(json.dumps(judge.state()))
+    with pytest.raises(UserError, match=r"roll_backs.json is missing.*write \{\} into it"):
+        stability(tmp_path).restore(state, 7)
+    (tmp_path / "roll_backs.json").write_text("{}\n")
+    judge = stability(tmp_path)
+    judge.restore(state, 7)
+    assert [back.step for back in judge.roll_backs] == [9]
+    judge.write("another run")
+    with pytest.raises(UserError, match="it is of run another run, not of a run"):
+        stability(tmp_path)
+    judge.write("a run")
+    with pytest.raises(UserError, match="leaves out data that the checkpoint of step 5 has seen"):
+        stability(tmp_path).restore({"roll_backs": []}, 5)
+    data = (tmp_path / "roll_backs.json").read_bytes()
+    for place in range(len(data)):
+        flipped = bytes([*data[:place], data[place] ^ 1, *data[place + 1 :]])
+        (tmp_path / "roll_backs.json").write_bytes(flipped)
+        with pytest.raises(UserError, match="is damaged"):
+            stability(tmp_path)
+    (tmp_path / "roll_backs.json").unlink()
+    os.mkfifo(tmp_path / "roll_backs.json")
+    with pytest.raises(UserError, match="is damaged"):
+        stability(tmp_path)
+
+
+def test_roll_backs_to_one_checkpoint_end(tmp_path: Path) -> None:
+    judge = stability(tmp_path)
+    for _ in range(3):
+        judge.check_worth(4, NOT_FINITE)
+        judge.roll_back(9, 4, "a spike")
+    judge.check_worth(5, NOT_FINITE)
+    with pytest.raises(
+        UnstableError, match="after 3 roll backs to the checkpoint of step 4: it is not the data"
+    ):
+        judge.check_worth(4, NOT_FINITE)
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"roll_backs": [{"step": 1}]}', '{"roll_backs": 3}', "[" * 100_000, '{"roll_backs": [null]}']
-    + [json.dumps({"roll_backs": [asdict(RollBack(1, 0, span, ""))]}) for span in ((3, 2), (-1, 2))],
-)  # fmt: skip
+    ["", "[]", '{"roll_backs": []}', "[" * 100_000, "null"]
+    + [
+        sealed_json({"run_id": "a run", "roll_backs": backs}).decode()
+        for backs in (
+            3,
+            [{"step": 1}],
+            [None],
+            [asdict(RollBack(1, 0, (3, 2), ""))],
+            [asdict(RollBack(1, 0, (0, 10**30), ""))],
+        )
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "roll_backs.json").write_text(content)
-    with pytest.raises(UserError, match=r"roll_backs.json is damaged: .*restore it, or delete it"):
+    with pytest.raises(UserError, match=r"roll_backs.json is damaged: .*restore it, or write"):
         stability(tmp_path)
