@@ -190,4 +190,8 @@ CASES: dict[int, Case] = {
         "kills while a lock or a heartbeat is written, again and again",
         "what they leave is removed by the next start; nothing of a live process is",
     ),
+    73: Case(
+        "roll_backs.json damaged, missing, another run's; roll backs without end",
+        "refused: no data are left out or trained on by mistake; three to one checkpoint end the run",
+    ),
 }

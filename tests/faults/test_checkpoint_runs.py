@@ -153,8 +153,12 @@ def _copy_when(seen: Path, source: Path, target: Path) -> None:
     deadline_s = time.monotonic() + 60
     while not seen.exists() and time.monotonic() < deadline_s:
         time.sleep(0.005)
+    whole = (
+        target.parent.parent / "copied"
+    )  # appears at once, so that it is always before the step or after it
+    shutil.copytree(source, whole)
     if not target.exists():
-        shutil.copytree(source, target)
+        whole.rename(target)
 
 
 @pytest.mark.fault(7)

@@ -134,6 +134,7 @@ def test_what_is_remembered(tmp_path: Path) -> None:
     assert again.skipped_steps == []
 
 
+@pytest.mark.fault(73)
 def test_other_roll_backs_than_the_runs_are_refused(tmp_path: Path) -> None:
     judge = stability(tmp_path)
     judge.roll_back(9, 4, "a spike")
@@ -162,6 +163,7 @@ def test_other_roll_backs_than_the_runs_are_refused(tmp_path: Path) -> None:
         stability(tmp_path)
 
 
+@pytest.mark.fault(73)
 def test_roll_backs_to_one_checkpoint_end(tmp_path: Path) -> None:
     judge = stability(tmp_path)
     for _ in range(3):
