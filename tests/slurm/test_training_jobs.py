@@ -141,6 +141,7 @@ def wait_for_more_steps(job: Job) -> None:
     job.wait_for_step(job.step + 5)
 
 
+@pytest.mark.nightly
 def test_sigterm_to_one_task(cluster: Cluster, data: Path, folder: Path, reference: Path) -> None:
     job = cluster.train(data, folder / "term")
     job.wait_for_step(30)
@@ -190,6 +191,7 @@ def test_node_down_and_back(cluster: Cluster, data: Path, folder: Path, referenc
     assert job.restarts == 1
 
 
+@pytest.mark.nightly
 def test_a_preflight_and_what_follows_it(cluster: Cluster, data: Path, folder: Path) -> None:
     """It finds nothing wrong here; the training starts when it has ended."""
     words = [*training_words(data, folder / "after-preflight"), "training.steps=5"]
