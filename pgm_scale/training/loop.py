@@ -146,8 +146,6 @@ class TrainingRun:
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.engine.state, decay) if decay > 0 else None
         self.checkpointer = Checkpointer(store, self.engine, self.ema)
-        backs = store.peers.first(lambda: read_roll_backs(folder.roll_backs_path, identity.run_id))
-        self.stability = Stability(config.stability, folder.roll_backs_path, backs)
         self.validation_loader = validation_loader(validation_split)
         self._has_learnt = self._may_purge = False  # since the last save; before it
         self.first_step = self._resume(initial)
@@ -197,6 +195,9 @@ class TrainingRun:
 
     def _resume(self, initial: WeightSource | None) -> int:
         step = self.store.newest_verified(self.config.checkpoint.strict)
+        path = self.folder.roll_backs_path
+        backs = self.store.peers.first(lambda: read_roll_backs(path, self.identity.run_id))
+        self.stability = Stability(self.config.stability, path, backs)
         if step is not None:
             self._restore(step)
         self.store.peers.first(lambda: self.stability.write(self.identity.run_id))  # before any checkpoint
