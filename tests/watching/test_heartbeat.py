@@ -84,7 +84,7 @@ def test_damage_is_told_in_one_line(tmp_path: Path, data: bytes) -> None:
 def test_a_missing_one_is_none_and_a_folder_is_damage(tmp_path: Path) -> None:
     assert read_heartbeat(tmp_path) is None
     (tmp_path / HEARTBEAT_NAME).mkdir()
-    with pytest.raises(ValueError, match="directory"):
+    with pytest.raises(ValueError, match="no regular file"):
         read_heartbeat(tmp_path)
 
 
